@@ -1,0 +1,235 @@
+"""The mapping under `ActivationCache`: finding, moving and slicing activations by name."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from fastlens.act_names import get_act_name
+from fastlens.errors import HookNameError, LayerError, ShapeError, did_you_mean
+from fastlens.slices import Slice, SliceInput
+
+_log = logging.getLogger(__name__)
+
+AnySlice: TypeAlias = Slice | SliceInput
+Self = TypeVar("Self", bound="Activations")
+
+
+class CachedModel(Protocol):
+    """What the cache asks of the model it came from; any object that has it will do.
+
+    A cache used only as a mapping asks nothing.
+    """
+
+    cfg: Any
+    blocks: Any
+    ln_final: Any
+    hook_dict: Mapping[str, Any]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Tensor:
+        """Sum of the output biases before ``layer``."""
+        ...
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """Unembedding vectors of tokens."""
+        ...
+
+
+class Activations:
+    """Activations by hook name: what `ActivationCache` is before it does any arithmetic.
+
+    Args: see `ActivationCache`.
+    """
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True):
+        self.cache_dict = cache_dict
+        self.model = cast(CachedModel, model)
+        self.has_batch_dim = has_batch_dim
+
+    # The only way to a tensor, here and for all other methods: an entry need not be one yet.
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
+        """The stored activation.
+
+        Raises: HookNameError (a KeyError) if it is not here, saying why if the model has the place.
+        """
+        name = self._full_name(key)
+        if name not in self.cache_dict:
+            raise self._missing(key, name)
+        return self.cache_dict[name]
+
+    def __contains__(self, key: object) -> bool:
+        """Whether ``cache[key]`` would work, for any form of key."""
+        if not isinstance(key, str | tuple):
+            return False
+        try:
+            return self._full_name(key) in self.cache_dict
+        except (LayerError, HookNameError):
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache_dict)
+
+    def __len__(self) -> int:
+        return len(self.cache_dict)
+
+    def keys(self) -> KeysView[str]:
+        """Full hook names, in the order in which they fired."""
+        return self.cache_dict.keys()
+
+    def values(self) -> ValuesView[Tensor]:
+        """The activations."""
+        return ValuesView(cast(Mapping[str, Tensor], self))
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Pairs of full hook name and activation."""
+        return ItemsView(cast(Mapping[str, Tensor], self))
+
+    @property
+    def has_embed(self) -> bool:
+        """Whether the token embedding is here."""
+        return "hook_embed" in self.cache_dict
+
+    @property
+    def has_pos_embed(self) -> bool:
+        """Whether a position embedding is here."""
+        return "hook_pos_embed" in self.cache_dict
+
+    def _full_name(self, key: str | tuple[Any, ...]) -> str:
+        if isinstance(key, str):
+            return key if key in self.cache_dict else get_act_name(key)
+        if not 1 <= len(key) <= 3 or not isinstance(key[0], str):
+            raise HookNameError(
+                f"no activation {key!r}: a key is a name, or (name, layer), or (name, layer, part)."
+            )
+        name: str = key[0]
+        layer, part = (*key[1:], None, None)[:2]
+        if layer is not None and not isinstance(layer, str) and layer < 0:
+            n_layers = self.model.cfg.n_layers
+            if layer < -n_layers:
+                raise LayerError(f"no activation {key!r}: the model has {n_layers} layers.")
+            layer += n_layers
+        return get_act_name(name, layer, part)
+
+    def _missing(self, key: Any, name: str) -> HookNameError:
+        asked = repr(name) if key == name else f"{name!r} (from {key!r})"
+        places = getattr(self.model, "hook_dict", None) or {}
+        flag = getattr(self.model, "required_flag", lambda _: None)(name)
+        what = f"{asked} is a place of this model, but not among the {len(self)} cached activations"
+        if name.endswith("_grad") and name.removesuffix("_grad") in places:
+            return HookNameError(
+                f"{asked} is not cached: run_with_cache keeps gradients with incl_bwd=True."
+            )
+        if name in places and flag and not getattr(self.model.cfg, flag):
+            compute = " call cache.compute_head_results()," if name.endswith("hook_result") else ""
+            return HookNameError(
+                f"{what}: it fires only under cfg.{flag}. To have it,{compute} name it in "
+                f"names_filter, or call model.set_{flag}(True) before the run."
+            )
+        if name in places:
+            return HookNameError(
+                f"{what}: they were chosen by names_filter, or the run did not pass there. "
+                f"Add {name!r} to names_filter."
+            )
+        return HookNameError(
+            f"no activation {asked} in this cache of {len(self)}."
+            f"{did_you_mean(name, [*self.cache_dict, *places])}"
+        )
+
+    def __repr__(self) -> str:
+        layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        n_bytes = 0
+        for name in self:
+            activation = self[name]
+            n_bytes += activation.numel() * activation.element_size()
+            found = re.match(r"blocks\.(\d+)\.", name)
+            place = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
+            which = layers.setdefault((place, tuple(activation.shape)), [])
+            which.extend([int(found[1])] if found else [])
+        batch = "with" if self.has_batch_dim else "without"
+        size = f"{n_bytes / 2**20:.1f} MiB"
+        lines = [f"{type(self).__name__}: {len(self)} activations, {size}, {batch} a batch axis"]
+        for (place, shape), which in layers.items():
+            lines.append(f"  {place.replace('{}', _ranges(which))} {list(shape)}")
+        return "\n".join(lines)
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        """Move all activations. Returns this cache, changed.
+
+        Methods that read weights then copy those to the activations' device at each call.
+        """
+        self.cache_dict = {name: activation.to(device) for name, activation in self.items()}
+        return self
+
+    def toggle_autodiff(self, mode: bool = False) -> None:
+        """``torch.set_grad_enabled(mode)``, for the whole process; says so in the log."""
+        _log.warning("Changed the global state, set autodiff to %s", mode)
+        torch.set_grad_enabled(mode)
+
+    def remove_batch_dim(self: Self) -> Self:
+        """Drop the batch axis of a batch of one. Returns this cache, changed.
+
+        Raises: ShapeError if the batch is larger.
+        """
+        if not self.has_batch_dim:
+            _log.warning("Tried removing batch dimension after already having removed it.")
+            return self
+        batch = self._batch_size()
+        if batch != 1:
+            raise ShapeError(
+                f"the batch axis can only be removed from a batch of one; this has {batch}. "
+                "Choose one with apply_slice_to_batch_dim(i)."
+            )
+        for name in self:
+            activation = self[name]
+            if activation.ndim > 0 and activation.shape[0] == 1:
+                self.cache_dict[name] = activation[0]
+        self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self: Self, batch_slice: AnySlice) -> Self:
+        """A new cache of some of the batch; an int drops the axis.
+
+        Ints and ranges give views of this cache's activations. Entries whose first axis is not the
+        batch (flattened QK-norms, routed experts) stay whole.
+
+        Raises: ShapeError if the batch axis was removed.
+        """
+        batch_slice = as_slice(batch_slice)
+        if not self.has_batch_dim and batch_slice.mode != "identity":
+            raise ShapeError("this cache has no batch axis to slice: it was removed.")
+        batch = self._batch_size()
+        chosen = {
+            name: batch_slice.apply(activation)
+            if activation.ndim > 0 and activation.shape[0] == batch
+            else activation
+            for name, activation in self.items()
+        }
+        still_has_batch = self.has_batch_dim and batch_slice.mode != "int"
+        return type(self)(chosen, self.model, has_batch_dim=still_has_batch)
+
+    def _batch_size(self) -> int:
+        """The commonest first axis: a few entries may not start with the batch."""
+        sizes = Counter(value.shape[0] for value in self.values() if value.ndim > 0)
+        return sizes.most_common(1)[0][0] if sizes else 1
+
+
+def as_slice(choice: AnySlice) -> Slice:
+    """The choice as a `Slice`; unlike `Slice.unwrap`, an int drops its axis."""
+    return choice if isinstance(choice, Slice) else Slice(choice)
+
+
+def _ranges(layers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2,5``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -1,0 +1,3 @@
+"""TransformerLens' own module names, for code that is written against them."""
+
+from fastlens.compat import utils as utils

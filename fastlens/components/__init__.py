@@ -1,0 +1,1 @@
+"""The parts of a transformer, with TransformerLens' names, parameters and hook points."""

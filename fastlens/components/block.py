@@ -1,0 +1,161 @@
+"""One transformer block: attention and MLP around the residual stream, with every hook."""
+
+from typing import Any
+
+import torch.nn as nn
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlens.components.attention import Attention, GroupedQueryAttention
+from fastlens.components.kv_cache import TransformerLensKeyValueCacheEntry
+from fastlens.components.mlp import make_mlp
+from fastlens.components.norms import make_norm
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError
+from fastlens.hooks.point import HookPoint, is_live
+
+
+_NOT_YET = {
+    "num_experts": "mixture-of-experts MLPs",
+    "use_attention_sinks": "attention sinks (GPT-OSS)",
+    "use_logn_attn": "log-n attention (Qwen-1)",
+    "use_dynamic_ntk_rope": "dynamic NTK rotary scaling (Qwen-1)",
+    "load_in_4bit": "bitsandbytes 4-bit weights",
+}
+_POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
+
+
+def check_supported(cfg: HookedTransformerConfig) -> None:
+    """Refuse what TransformerLens' config can say and this version cannot compute exactly."""
+    wanted = [meaning for field, meaning in _NOT_YET.items() if getattr(cfg, field)]
+    if cfg.original_architecture in _POST_NORM:
+        wanted.append(f"{cfg.original_architecture} (norms after the sublayer, QK-norm over heads)")
+    if cfg.positional_embedding_type == "relative_positional_bias":
+        wanted.append("relative position bias (T5)")
+    if wanted:
+        raise ConfigError(f"this version of fastlens does not compute {', '.join(wanted)}.")
+
+
+class TransformerBlock(nn.Module):
+    """``resid_pre -> attention -> resid_mid -> MLP -> resid_post``, or both from resid_pre.
+
+    Sequential by default; ``parallel_attn_mlp`` has no ``resid_mid`` (GPT-J, GPT-NeoX);
+    ``attn_only`` has no MLP; ``use_normalization_before_and_after`` also normalises what attention
+    and MLP write (Gemma 2).
+    """
+
+    AXES = {
+        "hook_attn_in": "batch pos head d_model",
+        "hook_q_input": "batch pos head d_model",
+        "hook_k_input": "batch pos kv_head d_model",
+        "hook_v_input": "batch pos kv_head d_model",
+        "hook_mlp_in": "batch pos d_model",
+        "hook_attn_out": "batch pos d_model",
+        "hook_mlp_out": "batch pos d_model",
+        "hook_resid_pre": "batch pos d_model",
+        "hook_resid_mid": "batch pos d_model",
+        "hook_resid_post": "batch pos d_model",
+    }
+
+    def __init__(self, cfg: HookedTransformerConfig | dict[str, Any], block_index: int):
+        super().__init__()
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
+        check_supported(cfg)
+        after = cfg.normalization_type and cfg.normalization_type.removesuffix("Pre")
+        self.ln1 = make_norm(cfg, cfg.normalization_type)
+        if cfg.use_normalization_before_and_after:
+            self.ln1_post = make_norm(cfg, after)
+        if not cfg.attn_only:
+            self.ln2 = make_norm(cfg, cfg.normalization_type)
+            if cfg.use_normalization_before_and_after:
+                self.ln2_post = make_norm(cfg, after)
+        attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
+        kind = cfg.attn_types[block_index] if cfg.use_local_attn and cfg.attn_types else "global"
+        self.attn = attention(cfg, kind, block_index)
+        if not cfg.attn_only:
+            self.mlp = make_mlp(cfg)
+        for name, axes in self.AXES.items():
+            if name == "hook_resid_mid" and (cfg.attn_only or cfg.parallel_attn_mlp):
+                continue
+            setattr(self, name, HookPoint(axes))
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None,
+        past_kv_cache_entry: TransformerLensKeyValueCacheEntry | None = None,
+        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this block.
+
+        Args:
+            shortformer_pos_embed: Positions added to queries and keys only (Press et al. 2012.15832).
+            past_kv_cache_entry: This layer's earlier keys and values.
+            attention_mask: 0 for padding, over past and new tokens.
+        """
+        resid_pre = self.hook_resid_pre(resid_pre)
+        query_input, key_input, value_input = self._attention_inputs(
+            resid_pre, shortformer_pos_embed
+        )
+        attn_out = self.attn(
+            query_input=query_input,
+            key_input=key_input,
+            value_input=value_input,
+            past_kv_cache_entry=past_kv_cache_entry,
+            attention_mask=attention_mask,
+        )
+        if self.cfg.use_normalization_before_and_after:
+            attn_out = self.ln1_post(attn_out)
+        attn_out = self.hook_attn_out(attn_out)
+        if self.cfg.attn_only:
+            return self.hook_resid_post(resid_pre + attn_out)
+        if self.cfg.parallel_attn_mlp:
+            mlp_out = self.apply_mlp(self.ln2(self._mlp_input(resid_pre)))
+            return self.hook_resid_post(resid_pre + attn_out + mlp_out)
+        resid_mid = self.hook_resid_mid(resid_pre + attn_out)
+        mlp_out = self.apply_mlp(self.ln2(self._mlp_input(resid_mid)))
+        return self.hook_resid_post(resid_mid + mlp_out)
+
+    def apply_mlp(
+        self, normalized_resid: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The MLP's contribution to the residual stream, after its hook."""
+        mlp_out = self.mlp(normalized_resid)
+        if self.cfg.use_normalization_before_and_after:
+            mlp_out = self.ln2_post(mlp_out)
+        return self.hook_mlp_out(mlp_out)
+
+    def _mlp_input(self, resid: Tensor) -> Tensor:
+        # A clone: a hook that edits it in place must not edit the residual stream.
+        return self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
+
+    def _attention_inputs(
+        self, resid_pre: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, keys and values read: one tensor, normalised once, unless flags split it."""
+        cfg = self.cfg
+        attn_in = resid_pre
+        if cfg.use_attn_in:
+            attn_in = self._spread(resid_pre, cfg.n_heads, self.hook_attn_in)
+        if cfg.use_split_qkv_input:
+            kv_heads = self.attn.n_kv_heads
+            if cfg.ungroup_grouped_query_attention:
+                kv_heads = cfg.n_heads
+            query_in = self._spread(resid_pre, cfg.n_heads, self.hook_q_input)
+            key_in = self._spread(resid_pre, kv_heads, self.hook_k_input)
+            value_in = self._spread(resid_pre, kv_heads, self.hook_v_input)
+            query_in, key_in, value_in = self.ln1(query_in), self.ln1(key_in), self.ln1(value_in)
+        else:
+            query_in = key_in = value_in = self.ln1(attn_in)
+        if positions is not None:
+            positions = positions if query_in.ndim == 3 else positions[:, :, None]
+            shared = query_in is key_in
+            query_in = query_in + positions
+            key_in = query_in if shared else key_in + positions
+        return query_in, key_in, value_in
+
+    @staticmethod
+    def _spread(resid: Tensor, n_heads: int, point: nn.Module) -> Tensor:
+        """One copy of the stream per head; a real copy only if a hook might write to it."""
+        spread = resid[:, :, None].expand(-1, -1, n_heads, -1)
+        return point(spread.clone()) if is_live(point) else spread

@@ -1,0 +1,101 @@
+"""LayerNorm and RMSNorm, and their folded forms without gain and bias."""
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlens.config import HookedTransformerConfig
+from fastlens.hooks.point import HookPoint, is_live
+from fastlens.ops.norm import layer_norm, rms_norm
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class _Norm(nn.Module):
+    """Shared by the four norms: the hooked order, and the fused op when nobody looks."""
+
+    AXES = {"hook_scale": "batch pos ... one", "hook_normalized": "batch pos ... d_model"}
+    centres = False
+
+    def __init__(self, cfg: HookedTransformerConfig | dict, length: int | None = None):
+        super().__init__()
+        self.cfg = HookedTransformerConfig.unwrap(cfg)
+        self.eps = self.cfg.eps
+        self.length = self.cfg.d_model if length is None else length
+        self._add_gain()
+        self.hook_scale = HookPoint(self.AXES["hook_scale"])
+        self.hook_normalized = HookPoint(self.AXES["hook_normalized"])
+
+    def _add_gain(self) -> None:
+        """Register gain and bias; the folded forms have none."""
+
+    def forward(self, x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
+        """Normalise over the last axis; statistics in float32 for 16-bit models."""
+        w, b = getattr(self, "w", None), getattr(self, "b", None)
+        dtype = self.cfg.dtype
+        looked_at = is_live(self.hook_scale) or is_live(self.hook_normalized)
+        if not looked_at and x.dtype == dtype and (w is None or w.dtype == dtype):
+            return self._fused(x, w, b)
+        if dtype in HALF:
+            x = x.to(torch.float32)
+        if self.centres:
+            x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        x = self.hook_normalized(x / scale).to(dtype)
+        x = x if w is None else x * w
+        return x if b is None else x + b
+
+    def _fused(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        if self.centres:
+            return layer_norm(x, w, b, self.eps)
+        return rms_norm(x, w, self.eps)
+
+
+class LayerNorm(_Norm):
+    """``(x - mean) / scale * w + b``; ``hook_normalized`` is before gain and bias, as in TL."""
+
+    centres = True
+
+    def _add_gain(self) -> None:
+        self.w = nn.Parameter(torch.ones(self.length, dtype=self.cfg.dtype))
+        self.b = nn.Parameter(torch.zeros(self.length, dtype=self.cfg.dtype))
+
+
+class LayerNormPre(_Norm):
+    """``(x - mean) / scale``: a LayerNorm whose gain and bias are folded into the next layer."""
+
+    centres = True
+
+
+class RMSNorm(_Norm):
+    """``x / scale * w``; ``hook_normalized`` is before the gain, as in TL."""
+
+    def _add_gain(self) -> None:
+        self.w = nn.Parameter(torch.ones(self.length, dtype=self.cfg.dtype))
+
+
+class RMSNormPre(_Norm):
+    """``x / scale``: an RMSNorm whose gain is folded into the next layer."""
+
+
+_NORMS = {"LN": LayerNorm, "LNPre": LayerNormPre, "RMS": RMSNorm, "RMSPre": RMSNormPre}
+
+
+def make_norm(
+    cfg: HookedTransformerConfig, normalization_type: str | None, length: int | None = None
+) -> nn.Module:
+    """The norm of that type; an ``nn.Identity`` for None."""
+    if normalization_type is None:
+        return nn.Identity()
+    return _NORMS[normalization_type](cfg, length)
+
+
+def final_norm(cfg: HookedTransformerConfig) -> nn.Module | None:
+    """``ln_final``: RMS where ``cfg.final_rms`` says so, None where the model has no norms."""
+    kind = cfg.normalization_type
+    if kind is None:
+        return None
+    if cfg.final_rms:
+        kind = kind.replace("LN", "RMS")
+    return make_norm(cfg, kind)

@@ -1,0 +1,78 @@
+"""Sine and cosine tables of rotary position embeddings, with the scalings models use."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlens.config import HookedTransformerConfig
+
+
+def rotary_tables(
+    cfg: HookedTransformerConfig, n_ctx: int, dtype: torch.dtype, is_local: bool = False
+) -> tuple[Float[Tensor, "pos rotary_dim"], Float[Tensor, "pos rotary_dim"]]:
+    """(sin, cos) for positions ``0 .. n_ctx - 1``.
+
+    Angle = position * frequency; frequency i is ``base ** (-2i / rotary_dim)``, then scaled as the
+    config says: linear, NTK-by-parts (Llama 3.1) or YaRN (Peng et al. 2309.00071).
+
+    Args:
+        is_local: A sliding-window layer, which may have its own base and is not scaled.
+
+    Numerics: computed in float32 and cast, in the order Hugging Face does; in float64 for a
+        float64 model.
+    """
+    assert cfg.rotary_dim is not None
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    base = cfg.rotary_base
+    if is_local and cfg.rotary_base_local is not None:
+        base = cfg.rotary_base_local
+    steps = torch.arange(0, cfg.rotary_dim, 2, dtype=precise) / cfg.rotary_dim
+    frequencies = 1.0 / (base**steps)
+    attention_factor = 1.0
+    if cfg.use_NTK_by_parts_rope:
+        frequencies = _by_parts(frequencies, cfg)
+    elif cfg.use_yarn_rope and not (cfg.yarn_global_attn_only and is_local):
+        frequencies = _yarn(frequencies, cfg, base)
+        attention_factor = cfg.yarn_attention_factor
+    elif not is_local and cfg.rotary_scaling_factor != 1.0:
+        frequencies = frequencies / cfg.rotary_scaling_factor
+    angles = torch.arange(n_ctx, dtype=precise)[:, None] * frequencies
+    if cfg.rotary_adjacent_pairs:
+        angles = angles.repeat_interleave(2, dim=1)
+    else:
+        angles = torch.cat([angles, angles], 1)
+    sin, cos = angles.sin() * attention_factor, angles.cos() * attention_factor
+    return sin.to(dtype), cos.to(dtype)
+
+
+def _by_parts(frequencies: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """Long wavelengths divided by the factor, short ones kept, a linear blend between."""
+    low, high = cfg.NTK_by_parts_low_freq_factor, cfg.NTK_by_parts_high_freq_factor
+    context = cfg.NTK_original_ctx_len
+    wavelengths = 2 * math.pi / frequencies
+    scaled = frequencies / cfg.NTK_by_parts_factor
+    smooth = (context / wavelengths - low) / (high - low)
+    blend = (1 - smooth) * scaled + smooth * frequencies
+    out = torch.where(wavelengths > context / low, scaled, blend)
+    return torch.where(wavelengths < context / high, frequencies, out)
+
+
+def _yarn(frequencies: Tensor, cfg: HookedTransformerConfig, base: float | int) -> Tensor:
+    """Interpolated below, kept above, a linear ramp between two channels."""
+    dim, context = cfg.rotary_dim, cfg.yarn_original_max_position_embeddings
+    assert dim is not None
+
+    def channel(turns: float) -> float:
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = channel(cfg.yarn_beta_fast), channel(cfg.yarn_beta_slow)
+    if cfg.yarn_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(dim // 2, dtype=frequencies.dtype) - low) / (high - low)
+    ramp = ramp.clamp(0, 1)
+    return frequencies / cfg.yarn_factor * ramp + frequencies * (1 - ramp)

@@ -1,0 +1,226 @@
+"""`HookedTransformerConfig`: TransformerLens 3's config, field for field."""
+
+import dataclasses
+import pprint
+import random
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+import torch
+
+from fastlens.errors import ConfigError, did_you_mean
+
+ACTIVATIONS = (
+    "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "solu", "solu_ln", "xielu",
+)  # fmt: skip
+NORMS = (None, "LN", "LNPre", "RMS", "RMSPre")
+POSITIONS = ("standard", "rotary", "shortformer", "alibi", "relative_positional_bias")
+INIT_MODES = (
+    "gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "muP",
+)  # fmt: skip
+SOFTCAP_OFF = -1.0
+
+
+@dataclass(repr=False)
+class HookedTransformerConfig:
+    """Everything that fixes a model's shape and arithmetic. Names and defaults are TransformerLens'.
+
+    >>> cfg = HookedTransformerConfig(n_layers=2, d_model=64, d_head=16, n_ctx=32, d_vocab=100,
+    ...                               act_fn="gelu", device="cpu")
+    >>> cfg.n_heads, cfg.d_mlp, cfg.attn_scale
+    (4, 256, 4.0)
+
+    Mutable, as in TransformerLens: flags such as ``use_attn_result`` may be flipped between runs.
+    Derived fields (``n_heads``, ``d_mlp``, ``d_vocab_out``, ``rotary_dim``, ``attn_scale``,
+    ``initializer_range``, ``n_params``, ``device``) are filled in at construction. ``n_params``
+    counts attention and MLP matrices only (Kaplan et al. 2020), not embeddings, biases or norms.
+
+    Raises: ConfigError for values that contradict each other.
+    """
+
+    d_model: int
+    d_head: int
+    n_layers: int
+    n_ctx: int
+    n_heads: int = -1
+    d_mlp: int | None = None
+    d_vocab: int = -1
+    device: str | torch.device | None = None
+    use_attn_result: bool = False
+    use_split_qkv_input: bool = False
+    default_prepend_bos: bool = True
+    positional_embedding_type: str = "standard"
+    n_key_value_heads: int | None = None
+    attn_only: bool = False
+    gated_mlp: bool = False
+    uses_rms_norm: bool = False
+    eps: float | int = 1e-5
+    layer_norm_folding: bool = False
+    act_fn: str | None = "relu"
+    normalization_type: str | None = "LN"
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    final_rms: bool = False
+    dtype: torch.dtype = torch.float32
+    model_name: str = "custom"
+    use_attn_scale: bool = True
+    attn_scale: float | int = -1.0
+    use_hook_mlp_in: bool = False
+    use_attn_in: bool = False
+    use_qk_norm: bool = False
+    clip_qkv: float | int | None = None
+    use_logn_attn: bool = False
+    train_seq_length: int | None = None
+    use_dynamic_ntk_rope: bool = False
+    use_local_attn: bool = False
+    ungroup_grouped_query_attention: bool = False
+    original_architecture: str | None = None
+    from_checkpoint: bool = False
+    checkpoint_index: int | None = None
+    checkpoint_label_type: str | None = None
+    checkpoint_value: int | None = None
+    tokenizer_name: str | None = None
+    window_size: int | None = None
+    attn_types: list[str] | None = None
+    init_mode: str = "gpt2"
+    n_devices: int = 1
+    attention_dir: str = "causal"
+    seed: int | None = None
+    initializer_range: float | int = -1.0
+    init_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    d_vocab_out: int = -1
+    parallel_attn_mlp: bool = False
+    rotary_dim: int | None = None
+    n_params: int | None = None
+    use_hook_tokens: bool = False
+    tokenizer_prepends_bos: bool | None = None
+    post_embedding_ln: bool = False
+    rotary_base: float | int = 10000
+    rotary_base_local: float | int | None = None
+    rotary_scaling_factor: float | int = 1.0
+    trust_remote_code: bool = False
+    rotary_adjacent_pairs: bool = False
+    load_in_4bit: bool = False
+    quantization_method: str | None = None
+    relative_attention_max_distance: int | None = None
+    relative_attention_num_buckets: int | None = None
+    decoder_start_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    use_normalization_before_and_after: bool = False
+    attn_scores_soft_cap: float | int = SOFTCAP_OFF
+    output_logits_soft_cap: float | int = SOFTCAP_OFF
+    use_NTK_by_parts_rope: bool = False
+    NTK_by_parts_low_freq_factor: float | int = 1.0
+    NTK_by_parts_high_freq_factor: float | int = 4.0
+    NTK_by_parts_factor: float | int = 8.0
+    NTK_original_ctx_len: int = 8192
+    use_yarn_rope: bool = False
+    yarn_factor: float | int = 1.0
+    yarn_attention_factor: float | int = 1.0
+    yarn_beta_fast: float | int = 32.0
+    yarn_beta_slow: float | int = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_truncate: bool = True
+    yarn_global_attn_only: bool = False
+    use_attention_sinks: bool = False
+    norm_topk_prob: bool = False
+
+    def __post_init__(self) -> None:
+        self._fill_sizes()
+        self._check()
+        if self.seed is not None:
+            self.set_seed_everywhere(self.seed)
+
+    def _fill_sizes(self) -> None:
+        if self.n_heads == -1:
+            if self.d_model % self.d_head:
+                raise ConfigError(
+                    f"n_heads was not given and d_model={self.d_model} is not a multiple of "
+                    f"d_head={self.d_head}. Give n_heads."
+                )
+            self.n_heads = self.d_model // self.d_head
+        if self.d_mlp is None:
+            self.d_mlp = 4 * self.d_model
+        if self.d_vocab_out == -1:
+            self.d_vocab_out = self.d_vocab
+        if self.positional_embedding_type == "rotary" and self.rotary_dim is None:
+            self.rotary_dim = self.d_head
+        if self.initializer_range < 0:
+            gpt2_like = 0.8 / float(np.sqrt(self.d_model))
+            self.initializer_range = gpt2_like if self.init_mode == "gpt2" else 1.0
+        if self.use_attn_scale and self.attn_scale == -1.0:
+            self.attn_scale = float(np.sqrt(self.d_head))
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.n_params = self.n_layers * self.d_model * self.d_head * self.n_heads * 4
+        if not self.attn_only:
+            mlp = self.d_model * self.d_mlp * (2 + self.gated_mlp)
+            if self.num_experts:
+                mlp = (mlp + self.d_model) * self.num_experts
+            self.n_params += self.n_layers * mlp
+
+    def _check(self) -> None:
+        self._check_one_of("normalization_type", NORMS)
+        self._check_one_of("positional_embedding_type", POSITIONS)
+        self._check_one_of("init_mode", INIT_MODES)
+        self._check_one_of("attention_dir", ("causal", "bidirectional"))
+        if not self.attn_only:
+            self._check_one_of("act_fn", ACTIVATIONS)
+        groups = self.n_key_value_heads
+        if groups is not None and (groups <= 0 or self.n_heads % groups):
+            raise ConfigError(
+                f"n_heads={self.n_heads} is not a multiple of n_key_value_heads={groups}."
+            )
+        if self.use_local_attn and (self.window_size is None or self.attn_types is None):
+            raise ConfigError("use_local_attn=True needs window_size and attn_types (one a layer).")
+        if self.use_local_attn and len(self.attn_types or ()) < self.n_layers:
+            raise ConfigError(
+                f"attn_types has {len(self.attn_types or ())} entries for {self.n_layers} layers."
+            )
+        if (self.num_experts is None) != (self.experts_per_token is None):
+            raise ConfigError("num_experts and experts_per_token go together: give both or none.")
+        if self.n_devices > 1 and torch.cuda.device_count() < self.n_devices:
+            raise ConfigError(
+                f"n_devices={self.n_devices}, but {torch.cuda.device_count()} CUDA devices are here."
+            )
+
+    def _check_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            near = did_you_mean(str(value), [str(option) for option in allowed])
+            raise ConfigError(f"{field}={value!r} must be one of {allowed}.{near}")
+
+    @classmethod
+    def unwrap(
+        cls, config: Union[dict[str, Any], "HookedTransformerConfig"]
+    ) -> "HookedTransformerConfig":
+        """A config from a dict of fields; a config is returned as it is, not copied."""
+        return cls.from_dict(config) if isinstance(config, dict) else config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "HookedTransformerConfig":
+        """Build from a dict of field names; an unknown name is an error with near names."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in config_dict:
+            if name not in names:
+                raise ConfigError(f"no config field {name!r}.{did_you_mean(name, names)}")
+        return cls(**config_dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The live ``__dict__``, as TransformerLens returns it: editing it edits the config."""
+        return self.__dict__
+
+    def is_layer_norm_activation(self) -> bool:
+        """Whether the activation ends in a LayerNorm of its own (``solu_ln``)."""
+        return self.act_fn is not None and self.act_fn.endswith("_ln")
+
+    def set_seed_everywhere(self, seed: int) -> None:
+        """Seed torch, Python's ``random`` and numpy."""
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+    def __repr__(self) -> str:
+        return "HookedTransformerConfig:\n" + pprint.pformat(self.to_dict())

@@ -1,0 +1,202 @@
+"""`HookPoint`: the identity module at a named place, where a user's functions see the activation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
+
+from fastlens.errors import ShapeError
+
+HookFunction = Callable[..., Any]
+
+
+@dataclass
+class LensHandle:
+    """One hook that sits on a HookPoint, and how to take it off again."""
+
+    hook: RemovableHandle
+    is_permanent: bool = False
+    context_level: int | None = None
+    user_hook: HookFunction | None = None
+
+
+class HookPoint(nn.Module):
+    """An identity module. Hooks on it read or replace the activation that passes.
+
+    >>> point = HookPoint("batch pos d_model")
+    >>> point.add_hook(lambda activation, hook: activation * 2)
+    >>> point(torch.ones(1, 2, 3)).sum().item()
+    12.0
+
+    A hook is ``fn(activation, hook=point)``; what it returns replaces the activation, ``None``
+    keeps it. ``axes`` names the activation's axes from the left, so that slicing by position or
+    head never guesses; ``...`` stands for axes that are there only under some flags. A bare
+    ``HookPoint()`` (TransformerLens') put in a known place takes that place's axes at ``setup()``.
+
+    Hooks are ordinary torch module hooks (``register_forward_hook``,
+    ``register_full_backward_hook``), so a point without any is free and torch's own tools see them.
+    """
+
+    def __init__(self, axes: str | None = None):
+        super().__init__()
+        self.axes = axes
+        self.fwd_hooks: list[LensHandle] = []
+        self.bwd_hooks: list[LensHandle] = []
+        self.ctx: dict[Any, Any] = {}
+        self.name: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation, unchanged."""
+        return x
+
+    def add_hook(
+        self,
+        hook: HookFunction,
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Call ``hook(activation, hook=self)`` whenever the point is passed.
+
+        Args:
+            hook: For ``dir="bwd"`` it receives the gradient with respect to the activation.
+            dir: ``"fwd"`` or ``"bwd"``.
+            is_permanent: Survives ``reset_hooks`` unless that includes permanent hooks.
+            level: The ``hooks()`` context that owns it, for removal at its end.
+            prepend: Run before the hooks already there.
+        """
+        if dir == "fwd":
+
+            def forward_hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+                return hook(output, hook=self)
+
+            _name_after(forward_hook, hook)
+            handle = self.register_forward_hook(forward_hook, prepend=prepend)
+        elif dir == "bwd":
+
+            def backward_hook(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+                result = hook(grad_output[0], hook=self)
+                return (result,) if isinstance(result, Tensor) else result
+
+            _name_after(backward_hook, hook)
+            # On an identity the gradients of input and output are one and the same.
+            handle = self.register_full_backward_hook(backward_hook, prepend=prepend)
+        else:
+            raise ValueError(f"dir={dir!r} is not a direction. Give 'fwd' or 'bwd'.")
+        handles = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
+        handles.insert(
+            0 if prepend else len(handles), LensHandle(handle, is_permanent, level, hook)
+        )
+
+    def add_perma_hook(self, hook: HookFunction, dir: str = "fwd") -> None:
+        """`add_hook` with ``is_permanent=True``."""
+        self.add_hook(hook, dir=dir, is_permanent=True)
+
+    def remove_hooks(
+        self,
+        dir: str = "fwd",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Take hooks off: those of one ``hooks()`` level, or all (``level=None``)."""
+        _check_direction(dir)
+
+        def keep(handles: list[LensHandle]) -> list[LensHandle]:
+            kept = []
+            for handle in handles:
+                ours = level is None or handle.context_level == level
+                if ours and (including_permanent or not handle.is_permanent):
+                    handle.hook.remove()
+                else:
+                    kept.append(handle)
+            return kept
+
+        if dir in ("fwd", "both"):
+            self.fwd_hooks = keep(self.fwd_hooks)
+        if dir in ("bwd", "both"):
+            self.bwd_hooks = keep(self.bwd_hooks)
+
+    def has_hooks(
+        self,
+        dir: str = "both",
+        including_permanent: bool = True,
+        level: int | None = None,
+    ) -> bool:
+        """Whether any hook of that direction, permanence and level is here."""
+        _check_direction(dir)
+        handles = (self.fwd_hooks if dir != "bwd" else []) + (self.bwd_hooks if dir != "fwd" else [])
+        return any(
+            (including_permanent or not handle.is_permanent)
+            and (level is None or handle.context_level == level)
+            for handle in handles
+        )
+
+    def clear_context(self) -> None:
+        """Empty ``ctx``, the dict where hooks keep state between calls."""
+        self.ctx = {}
+
+    def layer(self) -> int:
+        """The block this point belongs to: 3 for ``blocks.3.attn.hook_q``."""
+        parts = (self.name or "").split(".")
+        if len(parts) < 2 or not parts[1].isdigit():
+            raise ValueError(f"hook point {self.name!r} belongs to no block, so it has no layer.")
+        return int(parts[1])
+
+    def axis(self, name: str, ndim: int) -> int | None:
+        """Index from the left of axis ``name`` in an activation of ``ndim`` axes; None if absent.
+
+        Raises: ShapeError if this point does not know its axes.
+        """
+        if self.axes is None:
+            raise ShapeError(
+                f"hook point {self.name!r} does not name its axes, so {name!r} cannot be sliced. "
+                f"Make it HookPoint('batch pos ...')."
+            )
+        names = self.axes.split()
+        if name not in names:
+            return None
+        index = names.index(name)
+        after_gap = "..." in names[:index]
+        return index + ndim - len(names) if after_gap else index
+
+    def extra_repr(self) -> str:
+        parts = [repr(self.axes)] if self.axes else []
+        parts += [f"{len(self.fwd_hooks)} fwd"] if self.fwd_hooks else []
+        parts += [f"{len(self.bwd_hooks)} bwd"] if self.bwd_hooks else []
+        return ", ".join(parts)
+
+
+def is_live(point: nn.Module) -> bool:
+    """Whether passing ``point`` could do more than return its input.
+
+    True for a HookPoint that carries any hook (ours or a native torch one) or an overridden
+    ``forward``, for any module that is not exactly a `HookPoint`, and while a global module hook
+    is registered with torch.
+    """
+    if type(point) is not HookPoint:
+        return True
+    state = point.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_backward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or _has_any_global_hook()
+    )
+
+
+def _check_direction(dir: str) -> None:
+    if dir not in ("fwd", "bwd", "both"):
+        raise ValueError(f"dir={dir!r} is not a direction. Give 'fwd', 'bwd' or 'both'.")
+
+
+def _name_after(wrapper: Any, hook: HookFunction) -> None:
+    # repr of a partial prints its arguments, which for a caching hook are whole activations.
+    wrapper.__name__ = f"partial({hook.func!r}, ...)" if isinstance(hook, partial) else repr(hook)

@@ -1,0 +1,22 @@
+"""The record a kernel module ends in, by which dispatch finds and chooses it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one op.
+
+    ``refuses(device, dtype)`` returns a sentence saying why this kernel cannot serve that device
+    and dtype here, or None if it can. Of those that can, the highest ``priority`` is chosen.
+    """
+
+    op: str
+    name: str
+    fn: Callable[..., Any]
+    refuses: Callable[[torch.device, torch.dtype], str | None]
+    priority: int = 0

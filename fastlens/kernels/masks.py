@@ -1,0 +1,63 @@
+"""Which query may see which key: the rule, and the mask of any block of query rows."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What one attention layer does to its scores, whatever the input.
+
+    Scores are ``q . k / scale``, then ``soft_cap * tanh(score / soft_cap)`` if ``soft_cap > 0``,
+    then ``slope * (key - query)`` per head if ALiBi slopes are given (Press et al. 2108.12409),
+    then minus infinity where a key is not visible: later than the query if ``causal``, or ``window``
+    or more positions before it.
+    """
+
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float = -1.0
+    alibi: bool = False
+
+
+def alibi_slopes(n_heads: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " head"]:
+    """The ALiBi slope of each head: a geometric series from ``2 ** (-8 / n_heads)``."""
+    start = 2 ** (-8 / n_heads)
+    powers = torch.arange(1, n_heads + 1, device=device, dtype=torch.float64)
+    return torch.tensor(start, device=device, dtype=torch.float64).pow(powers).to(dtype)
+
+
+def visible_keys(rule: AttentionRule, n_keys: int, first: int, last: int) -> tuple[int, int]:
+    """The range of keys that any query at absolute positions ``first .. last - 1`` can see."""
+    start = 0 if rule.window is None else max(0, first - rule.window + 1)
+    return start, min(n_keys, last) if rule.causal else n_keys
+
+
+def visibility(
+    rule: AttentionRule,
+    queries: Tensor,
+    keys: Tensor,
+    key_mask: Bool[Tensor, "batch key_pos"] | None,
+) -> Bool[Tensor, "#batch 1 query_pos key_pos"] | None:
+    """True where a key may be attended to; None if every key may.
+
+    Args:
+        queries, keys: Absolute positions of the rows and columns wanted.
+        key_mask: False for padding, for the same columns.
+    """
+    visible = None
+    if rule.causal:
+        visible = keys[None, :] <= queries[:, None]
+    if rule.window is not None:
+        near = keys[None, :] > queries[:, None] - rule.window
+        visible = near if visible is None else visible & near
+    if visible is not None:
+        visible = visible[None, None]
+    if key_mask is not None:
+        padding = key_mask[:, None, None, :]
+        visible = padding.expand(-1, 1, len(queries), -1) if visible is None else visible & padding
+    return visible

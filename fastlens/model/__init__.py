@@ -1,0 +1,1 @@
+"""`HookedTransformer`, put together from one mixin per concern."""

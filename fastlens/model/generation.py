@@ -1,0 +1,359 @@
+"""The part of `HookedTransformer` that continues text."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlens.components.embed import Unembed
+from fastlens.components.kv_cache import TransformerLensKeyValueCache
+from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ShapeError, TokenError, did_you_mean
+from fastlens.generate import Generated, Step, Stop, generate_tokens
+from fastlens.hooks.point import is_live
+from fastlens.ops.activations import soft_cap
+from fastlens.sampling import Sampling
+from fastlens.tokens import USE_DEFAULT_VALUE, get_prompt_mask, override_or_use_default_value
+
+_RETURN_TYPES = ("input", "str", "tokens", "embeds")
+_KNOWN_KWARGS = ("output_logits", "return_dict_in_generate")
+_OUR_TAIL = (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, Unembed, nn.Identity)
+
+
+@dataclass
+class Prompt:
+    """What `generate` continues.
+
+    ``given`` is the input as tokens, or as embeddings. ``run`` is the same with every row's padding
+    moved to the left, so that the next token follows the last column; ``mask`` is 0 for that
+    padding, None where there is none.
+    """
+
+    kind: Literal["str", "tokens", "embeds"]
+    given: Tensor
+    run: Tensor
+    mask: Int[Tensor, "batch pos"] | None
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"] | None:
+        """The tokens as run, or None for embeddings."""
+        return None if self.kind == "embeds" else self.run
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, padding not counted."""
+        return self.run.shape[1] if self.mask is None else int(self.mask.sum(-1).max())
+
+
+class GenerationMixin:
+    """``generate``, with TransformerLens 3's arguments."""
+
+    cfg: HookedTransformerConfig
+    tokenizer: Any
+    embed: nn.Module
+    hook_embed: nn.Module
+    get_residual: Any
+    forward: Any
+    _tokenize: Any
+    _need_tokenizer: Any
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input: Any = "",
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        return_type: str | None = "input",
+        verbose: bool = True,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Continue text, tokens or embeddings. Hooks on the model act at every step.
+
+        A batch of prompts of different length gives what each prompt alone gives, with or without
+        the KV cache: padding is masked and does not shift positions. Tokens padded on the right
+        are run padded on the left; padding is guessed from the tokens, and a run of pad tokens
+        that all rows share is taken for text if the pad token is also BOS or EOS.
+
+        Args:
+            input: A text, a list of texts, tokens ``[batch, pos]`` or embeddings
+                ``[batch, pos, d_model]`` (before positions are added).
+            max_new_tokens: Fewer are made if every row stops, or learned positions run out.
+            stop_at_eos: End a row at an EOS token; it is filled with EOS while others go on.
+            eos_token_id: One id or several; by default the tokenizer's.
+            do_sample: Draw from the distribution; False takes the largest logit.
+            top_k, top_p, temperature, freq_penalty: See `fastlens.sampling.sample_logits`. The
+                frequency penalty counts prompt and new tokens, not padding.
+            use_past_kv_cache: Run each token once. False runs all of the text at every step.
+            prepend_bos, padding_side: For text; see `to_tokens`. Lists are padded left whatever is
+                said here. For tokens they say where padding is.
+            return_type: "str", "tokens", "embeds", or "input": text for text, else what came in.
+            verbose: Show a progress bar.
+            generation_kwargs: ``output_logits=True`` returns transformers'
+                ``GenerateDecoderOnlyOutput`` with ``sequences`` and the ``logits`` of every step.
+                Others are warned about and ignored.
+
+        Returns: the prompt and its continuation; for embeddings with another ``return_type`` the
+            continuation alone. A single text (or a list of one) gives one string.
+
+        Raises: TokenError for inputs that cannot be continued, and where ``stop_at_eos`` finds no
+            EOS token.
+        """
+        if return_type not in _RETURN_TYPES:
+            raise TokenError(
+                f"return_type={return_type!r} must be one of {_RETURN_TYPES}."
+                f"{did_you_mean(str(return_type), _RETURN_TYPES)}"
+            )
+        _warn_of_unknown(generation_kwargs)
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
+        prompt = self._prompt(input, prepend_bos, padding_side)
+        if prompt.kind == "embeds" and freq_penalty > 0:
+            warnings.warn(
+                "freq_penalty counts tokens, and this prompt is embeddings: it is ignored. Pass "
+                "tokens to use it.",
+                stacklevel=2,
+            )
+            sampling = Sampling(do_sample, top_k, top_p, temperature)
+        stop = self._stop(eos_token_id) if stop_at_eos else None
+        n_steps = min(max_new_tokens, self._room(prompt))
+        with _evaluating(self):
+            made = generate_tokens(
+                self._step(prompt, n_steps, use_past_kv_cache),
+                len(prompt.run),
+                n_steps,
+                device=prompt.run.device,
+                sampling=sampling,
+                stop=stop,
+                prompt=prompt.tokens,
+                prompt_mask=prompt.mask,
+                keep_logits=bool(generation_kwargs.get("output_logits")),
+                verbose=verbose,
+            )
+        if made.tokens.shape[1] == n_steps < max_new_tokens and not made.stopped:
+            warnings.warn(
+                f"{max_new_tokens} new tokens were asked for, but the {self.cfg.n_ctx} positions "
+                f"of this model (n_ctx) are full after {n_steps}: returning those.",
+                stacklevel=2,
+            )
+        return self._result(prompt, made, return_type)
+
+    # -- the prompt --------------------------------------------------------------------------
+
+    def _prompt(
+        self, input: Any, prepend_bos: bool | None, padding_side: Literal["left", "right"] | None
+    ) -> Prompt:
+        device = self.cfg.device
+        if isinstance(input, str) or (
+            isinstance(input, list) and all(isinstance(item, str) for item in input)
+        ):
+            tokens, mask = self._tokenize(input, prepend_bos, "left")
+            tokens, mask = tokens.to(device), mask.to(device)
+            _refuse(bool((mask.sum(-1) == 0).any()))
+            return Prompt("str", tokens, tokens, None if bool(mask.all()) else mask)
+        if not isinstance(input, Tensor):
+            raise TokenError(
+                f"generate continues a string, a list of strings, or a tensor of tokens or "
+                f"embeddings; found {type(input).__name__}."
+            )
+        given = input.to(device)
+        if given.is_floating_point():
+            if given.ndim != 3 or given.shape[-1] != self.cfg.d_model:
+                raise ShapeError(
+                    f"embeddings must be [batch, pos, {self.cfg.d_model}], found "
+                    f"{list(given.shape)}."
+                )
+            _refuse(given.numel() == 0)
+            return Prompt("embeds", given, given, None)
+        given = given[None] if given.ndim == 1 else given
+        if given.ndim != 2:
+            raise ShapeError(f"tokens must be [batch, pos], found {list(given.shape)}.")
+        _refuse(given.numel() == 0)
+        bos = override_or_use_default_value(self.cfg.default_prepend_bos, prepend_bos)
+        mask = get_prompt_mask(self.tokenizer, given, bos, padding_side)
+        if bool(mask.all()):
+            return Prompt("tokens", given, given, None)
+        # A stable sort by "is a token" moves padding in front and keeps the text in order.
+        order = mask.argsort(-1, stable=True)
+        return Prompt("tokens", given, given.gather(1, order), mask.gather(1, order))
+
+    def _room(self, prompt: Prompt) -> int:
+        """New tokens that learned positions have room for; the last one needs no position."""
+        if self.cfg.positional_embedding_type not in ("standard", "shortformer"):
+            return torch.iinfo(torch.int64).max
+        room = self.cfg.n_ctx - prompt.longest + 1
+        if room < 1:
+            raise TokenError(
+                f"the prompt has {prompt.longest} tokens, and this model {self.cfg.n_ctx} positions "
+                f"(n_ctx). Give a shorter prompt."
+            )
+        return room
+
+    def _stop(self, eos_token_id: int | Sequence[int] | None) -> Stop:
+        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        if eos_token_id is None:
+            eos_token_id = own
+        if eos_token_id is None:
+            found = "this model has no tokenizer" if self.tokenizer is None else "its tokenizer has none"
+            raise TokenError(
+                f"stop_at_eos=True needs an EOS token, and {found}. Pass eos_token_id=, or "
+                f"stop_at_eos=False."
+            )
+        if isinstance(eos_token_id, int):
+            return Stop([eos_token_id], eos_token_id)
+        ends = [int(token) for token in eos_token_id]
+        return Stop(ends, ends[0] if own is None else own)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def _step(self, prompt: Prompt, n_steps: int, use_cache: bool) -> Step:
+        """The function that runs what is new and gives the logits after it."""
+        batch, length = prompt.run.shape[:2]
+        mask = None
+        if prompt.mask is not None:
+            mask = prompt.mask.new_ones(batch, length + n_steps)
+            mask[:, :length] = prompt.mask
+        # Where earlier tokens see later ones, their keys change with every token: run them all.
+        if use_cache and self.cfg.attention_dir == "causal":
+            cache = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, batch)
+            return self._cached_step(prompt, mask, cache)
+        return self._full_step(prompt, mask, n_steps)
+
+    def _cached_step(
+        self, prompt: Prompt, mask: Tensor | None, cache: TransformerLensKeyValueCache
+    ) -> Step:
+        def step(new: Tensor | None) -> Tensor:
+            run = prompt.run if new is None else new[:, None]
+            offset = cache[0].past_keys.shape[1]
+            seen = None if mask is None else mask[:, : offset + run.shape[1]]
+            return self._next_logits(self._embedded(run), offset, seen, cache)
+
+        return step
+
+    def _full_step(self, prompt: Prompt, mask: Tensor | None, n_steps: int) -> Step:
+        length = prompt.run.shape[1]
+        text = prompt.run.new_empty(len(prompt.run), length + n_steps, *prompt.run.shape[2:])
+        text[:, :length] = prompt.run
+
+        def step(new: Tensor | None) -> Tensor:
+            nonlocal length
+            if new is not None:
+                text[:, length] = self._embedded(new[:, None])[:, 0] if text.ndim == 3 else new
+                length += 1
+            seen = None if mask is None else mask[:, :length]
+            return self._next_logits(self._embedded(text[:, :length]), 0, seen, None)
+
+        return step
+
+    def _embedded(self, run: Tensor) -> Float[Tensor, "batch pos d_model"]:
+        return run if run.ndim == 3 else self.hook_embed(self.embed(run))
+
+    def _next_logits(
+        self,
+        embedded: Float[Tensor, "batch pos d_model"],
+        offset: int,
+        mask: Int[Tensor, "batch all_pos"] | None,
+        cache: TransformerLensKeyValueCache | None,
+    ) -> Float[Tensor, "batch d_vocab_out"]:
+        """Logits of the last position, the only one unembedded if nobody looks at the others."""
+        residual, positions = self.get_residual(embedded, offset, attention_mask=mask)
+        arguments = {
+            "start_at_layer": 0,
+            "shortformer_pos_embed": positions,
+            "attention_mask": mask,
+            "past_kv_cache": cache,
+        }
+        if embedded.shape[1] == 1 or not self._tail_is_plain():
+            return self.forward(residual, return_type="logits", **arguments)[:, -1]
+        residual = self.forward(residual, stop_at_layer=self.cfg.n_layers, **arguments)[:, -1:]
+        for part in self._tail():
+            residual = part(residual)
+        return soft_cap(residual[:, -1], self.cfg.output_logits_soft_cap)
+
+    def _tail(self) -> list[nn.Module]:
+        names = ["unembed"] if self.cfg.normalization_type is None else ["ln_final", "unembed"]
+        return [getattr(self, name) for name in names]
+
+    def _tail_is_plain(self) -> bool:
+        """Whether the final norm and unembedding are ours, unhooked, and run by our forward."""
+        ours = type(self).forward.__module__.startswith("fastlens.")
+        if not ours or "forward" in self.__dict__:
+            return False
+        return all(_is_plain(part) for part in self._tail())
+
+    # -- the result --------------------------------------------------------------------------
+
+    def _result(self, prompt: Prompt, made: Generated, return_type: str | None) -> Any:
+        tokens = made.tokens
+        if prompt.kind != "embeds":
+            tokens = torch.cat([prompt.given, tokens.to(prompt.given.dtype)], 1)
+        if made.logits is not None:
+            from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+            return GenerateDecoderOnlyOutput(sequences=tokens, logits=made.logits)  # type: ignore[arg-type]
+        if return_type == "input":
+            return_type = prompt.kind
+        if return_type == "tokens":
+            return tokens
+        if return_type == "embeds":
+            new = self.embed(tokens)
+            return torch.cat([prompt.given, new], 1) if prompt.kind == "embeds" else new
+        decode = self._need_tokenizer("return_type='str'").decode
+        texts = [decode(row, skip_special_tokens=True) for row in tokens]
+        return texts[0] if len(texts) == 1 else texts
+
+
+def _refuse(empty: bool) -> None:
+    if empty:
+        raise TokenError(
+            "an empty prompt leaves nothing to continue. Give some text, or prepend_bos=True with a "
+            "tokenizer that has a BOS token."
+        )
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a part is ours, and neither it nor its hook points are hooked or replaced."""
+    if type(part) not in _OUR_TAIL or "forward" in part.__dict__:
+        return False
+    state = part.__dict__
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(state[name] for name in hooks):
+        return False
+    return not any(is_live(child) for child in part.children())
+
+
+def _warn_of_unknown(generation_kwargs: dict[str, Any]) -> None:
+    unknown = [name for name in generation_kwargs if name not in _KNOWN_KWARGS]
+    if unknown:
+        arguments = [*GenerationMixin.generate.__annotations__, *_KNOWN_KWARGS]
+        near = "".join(did_you_mean(name, arguments) for name in unknown)
+        warnings.warn(
+            f"generate ignores unsupported generation kwargs: {', '.join(unknown)}.{near}",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside, and each module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

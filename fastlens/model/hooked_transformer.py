@@ -1,0 +1,474 @@
+"""`HookedTransformer`: TransformerLens 3's class, running fused wherever nobody looks."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlens.cache import ActivationCache
+from fastlens.components.block import TransformerBlock
+from fastlens.components.embed import Embed, PosEmbed, Unembed
+from fastlens.components.kv_cache import TransformerLensKeyValueCache
+from fastlens.components.norms import final_norm
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError, FlagError, ShapeError, TokenError
+from fastlens.hooks.point import HookFunction, HookPoint, is_live
+from fastlens.hooks.root import HookedRootModule
+from fastlens.model.generation import GenerationMixin
+from fastlens.model.pretrained import PretrainedMixin
+from fastlens.model.text import TextMixin
+from fastlens.model.weights import WeightsMixin
+from fastlens.ops.activations import soft_cap
+from fastlens.settings import HF_TOKEN
+from fastlens.tokens import (
+    USE_DEFAULT_VALUE,
+    LocallyOverridenDefaults,
+    get_attention_mask,
+    lm_cross_entropy_loss,
+)
+
+# The end of a hook's name -> the config flag without which the place does not exist.
+FLAG_OF_PLACE = {
+    "hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+
+
+def named_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The Hugging Face tokenizer of that name or folder, with BOS where it can add one.
+
+    Raises: TokenError if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            name,
+            add_bos_token=True,
+            trust_remote_code=trust_remote_code,
+            token=HF_TOKEN.get() or None,
+        )
+    except (OSError, ValueError) as error:
+        raise TokenError(
+            f"cfg.tokenizer_name={name!r} gave no tokenizer: {error} Pass tokenizer=, or set "
+            f"cfg.tokenizer_name=None and d_vocab to use tokens only."
+        ) from error
+
+
+class Output(NamedTuple):
+    """What ``return_type="both"`` gives: logits and next-token loss."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+class HookedTransformer(
+    PretrainedMixin, TextMixin, GenerationMixin, WeightsMixin, HookedRootModule
+):
+    """A decoder-only transformer whose every activation has a name and can be read or replaced.
+
+    >>> from fastlens import HookedTransformer
+    >>> model = HookedTransformer.from_pretrained("toy-induction", verbose=False)
+    >>> logits, cache = model.run_with_cache("abcabc")
+    >>> cache["pattern", 1].shape[1] == model.cfg.n_heads
+    True
+
+    Names, arguments and semantics are TransformerLens 3's. Norms and attention run fused unless a
+    hook looks inside; patterns are materialised only in the layers where they are looked at.
+    """
+
+    def __init__(
+        self,
+        cfg: HookedTransformerConfig | dict[str, Any],
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        default_padding_side: Literal["left", "right"] | None = None,
+    ):
+        """A model of this config with weights drawn at ``cfg.seed`` (if ``cfg.init_weights``).
+
+        Args:
+            cfg: The config, or a dict of its fields.
+            tokenizer: A Hugging Face tokenizer; by default the one ``cfg.tokenizer_name`` names.
+                Without one the model takes tokens only, and ``cfg.d_vocab`` must be set.
+            move_to_device: Move to ``cfg.device``.
+            default_padding_side: Which side batches of text are padded on.
+
+        Raises: ConfigError for a config that cannot be built.
+        """
+        super().__init__()
+        if isinstance(cfg, str):
+            raise ConfigError(
+                f"HookedTransformer({cfg!r}) takes a config. To load a model by name use "
+                f"HookedTransformer.from_pretrained({cfg!r})."
+            )
+        self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
+        self.tokenizer = None
+        if tokenizer is None and cfg.tokenizer_name is not None:
+            tokenizer = named_tokenizer(cfg.tokenizer_name, cfg.trust_remote_code)
+        if tokenizer is not None:
+            self.set_tokenizer(tokenizer, default_padding_side=default_padding_side)
+        if cfg.d_vocab == -1:
+            raise ConfigError("d_vocab is not set. Give d_vocab in the config, or a tokenizer.")
+        self.embed = Embed(cfg)
+        self.hook_embed = HookPoint("batch pos d_model")
+        if cfg.positional_embedding_type != "rotary":
+            self.pos_embed = PosEmbed(cfg)
+            self.hook_pos_embed = HookPoint("batch pos d_model")
+        if cfg.use_hook_tokens:
+            self.hook_tokens = HookPoint("batch pos")
+        self.blocks = nn.ModuleList([TransformerBlock(cfg, n) for n in range(cfg.n_layers)])
+        ln_final = final_norm(cfg)
+        if ln_final is not None:
+            self.ln_final = ln_final
+        self.unembed = Unembed(cfg)
+        if cfg.init_weights:
+            self.init_weights()
+        if move_to_device:
+            self.move_model_modules_to_device()
+        self.dataset = None
+        self.setup()
+
+    # -- forward -----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: TransformerLensKeyValueCache | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: Text, a list of texts, tokens ``[batch, pos]`` or ``[pos]``; with
+                ``start_at_layer``, the residual stream ``[batch, pos, d_model]``.
+            return_type: ``"logits"``, ``"loss"`` (next-token cross-entropy, nats), ``"both"``, or
+                None (run the blocks and return nothing).
+            loss_per_token: Loss per position ``[batch, pos - 1]`` instead of the mean.
+            prepend_bos: Whether text gets a BOS token; by default ``cfg.default_prepend_bos``.
+            padding_side: Side on which a list of texts is padded; by default the tokenizer's.
+            start_at_layer, stop_at_layer: Run ``blocks[start:stop]`` only, negative numbers from the
+                end. With ``stop_at_layer`` the residual stream there is returned.
+            tokens: With ``start_at_layer``, the tokens the loss is taken against.
+            shortformer_pos_embed: With ``start_at_layer``, the positions of a shortformer model.
+            attention_mask: 0 for padding. By default made for text and tokens when the tokenizer
+                pads left or a KV cache is given; right padding is not masked by itself (causal
+                attention never looks right), but counts in the loss unless a mask is given.
+            past_kv_cache: Keys and values of earlier tokens; new ones are appended.
+
+        Returns: logits ``[batch, pos, d_vocab_out]``, loss, `Output`, None, or the residual stream.
+        """
+        if return_type not in (None, "logits", "loss", "both"):
+            raise ValueError(
+                f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None."
+            )
+        with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+            if start_at_layer is None:
+                residual, tokens, shortformer_pos_embed, attention_mask = self.input_to_embed(
+                    input, prepend_bos, padding_side, attention_mask, past_kv_cache
+                )
+            else:
+                residual = self._as_residual(input)
+        layers = range(self.cfg.n_layers)[start_at_layer or 0 : stop_at_layer]
+        for layer in layers:
+            residual = self.blocks[layer](
+                residual,
+                past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[layer],
+                shortformer_pos_embed=shortformer_pos_embed,
+                attention_mask=attention_mask,
+            )
+        if stop_at_layer is not None:
+            return residual
+        if self.cfg.normalization_type is not None:
+            residual = self.ln_final(residual)
+        if return_type is None:
+            return None
+        logits = soft_cap(self.unembed(residual), self.cfg.output_logits_soft_cap)
+        if return_type == "logits":
+            return logits
+        if tokens is None:
+            raise TokenError("a loss needs tokens: with start_at_layer, pass tokens=.")
+        loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def _as_residual(self, input: Any) -> Tensor:
+        wanted = f"[batch, pos, {self.cfg.d_model}]"
+        if not isinstance(input, Tensor) or input.ndim != 3:
+            found = f"shape {list(input.shape)}" if isinstance(input, Tensor) else type(input)
+            raise ShapeError(f"start_at_layer takes the residual stream {wanted}, found {found}.")
+        return input
+
+    def input_to_embed(
+        self,
+        input: Any,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        attention_mask: Tensor | None = None,
+        past_kv_cache: TransformerLensKeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The residual stream that enters block 0.
+
+        Returns: residual, tokens, shortformer positions (or None), attention mask over past and new
+            tokens (or None where nothing is padded).
+        """
+        if isinstance(input, str | list):
+            tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        else:
+            tokens = cast(Tensor, input)
+        if tokens.ndim == 1:
+            tokens = tokens[None]
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ShapeError(
+                f"input must be text or integer tokens [batch, pos]; found {tokens.dtype} of shape "
+                f"{list(tokens.shape)}. For a residual stream pass start_at_layer=."
+            )
+        tokens = tokens.to(self.W_E.device)
+        pos_offset = self.get_pos_offset(past_kv_cache, tokens.shape[0])
+        attention_mask = self._mask_of(tokens, prepend_bos, attention_mask, past_kv_cache)
+        if self.cfg.use_hook_tokens:
+            tokens = self.hook_tokens(tokens)
+        embed = self.hook_embed(self.embed(tokens))
+        residual, positions = self.get_residual(
+            embed, pos_offset, prepend_bos, attention_mask, tokens
+        )
+        return residual, tokens, positions, attention_mask
+
+    def _mask_of(
+        self,
+        tokens: Tensor,
+        prepend_bos: bool | None,
+        attention_mask: Tensor | None,
+        past_kv_cache: TransformerLensKeyValueCache | None,
+    ) -> Tensor | None:
+        pads_left = self.tokenizer is not None and self.tokenizer.padding_side == "left"
+        if attention_mask is None and not pads_left and past_kv_cache is None:
+            return None
+        if attention_mask is None:
+            if prepend_bos is USE_DEFAULT_VALUE or prepend_bos is None:
+                prepend_bos = self.cfg.default_prepend_bos
+            # Without a tokenizer nothing is known to be padding.
+            attention_mask = get_attention_mask(self.tokenizer, tokens, prepend_bos)
+        if attention_mask.shape != tokens.shape:
+            raise ShapeError(
+                f"attention_mask has shape {list(attention_mask.shape)}, tokens have "
+                f"{list(tokens.shape)}: they must be the same."
+            )
+        attention_mask = attention_mask.to(tokens.device)
+        if past_kv_cache is not None:
+            attention_mask = past_kv_cache.append_attention_mask(attention_mask)
+        return attention_mask
+
+    def get_pos_offset(
+        self, past_kv_cache: TransformerLensKeyValueCache | None, batch_size: int
+    ) -> int:
+        """How many positions the cache holds (0 without one); checks that it fits the model."""
+        if past_kv_cache is None:
+            return 0
+        batch, length, heads, d_head = past_kv_cache[0].past_keys.shape
+        cfg = self.cfg
+        kv_heads = cfg.n_heads if cfg.n_key_value_heads is None else cfg.n_key_value_heads
+        if cfg.ungroup_grouped_query_attention:
+            kv_heads = cfg.n_heads
+        if (batch, heads, d_head) != (batch_size, kv_heads, cfg.d_head):
+            raise ShapeError(
+                f"the KV cache holds batch {batch}, {heads} heads of {d_head}; this forward has "
+                f"batch {batch_size}, {kv_heads} heads of {cfg.d_head}. Make one with "
+                f"TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size)."
+            )
+        return length
+
+    def get_residual(
+        self,
+        embed: Float[Tensor, "batch pos d_model"],
+        pos_offset: int,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        return_shortformer_pos_embed: bool = True,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """Add learned positions to the embedding: (residual, shortformer positions or None).
+
+        Rotary and ALiBi positions act inside attention, so there the embedding passes unchanged.
+        """
+        kind = self.cfg.positional_embedding_type
+        positions = None
+        residual = embed
+        if kind in ("standard", "shortformer"):
+            if tokens is None:
+                tokens = torch.ones(embed.shape[:2], dtype=torch.int, device=embed.device)
+            pos_embed = self.pos_embed(tokens, pos_offset, attention_mask)
+            if is_live(self.hook_pos_embed):
+                # Rows of W_pos itself: a hook that writes in place must not write to the weights.
+                pos_embed = self.hook_pos_embed(pos_embed.clone())
+            residual, positions = (
+                (embed + pos_embed, None) if kind == "standard" else (embed, pos_embed)
+            )
+        return (residual, positions) if return_shortformer_pos_embed else residual
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Next-token cross-entropy in nats; see `fastlens.tokens.lm_cross_entropy_loss`."""
+        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+
+    # -- hooks -------------------------------------------------------------------------------
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """One forward and its activations, as an `ActivationCache` (or a plain dict).
+
+        See `HookedRootModule.run_with_cache` for ``names_filter``, ``pos_slice``, ``device``,
+        ``incl_bwd`` and the rest; further arguments go to `forward`.
+        """
+        output, cache = super().run_with_cache(
+            *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+        )
+        if return_cache_object:
+            cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return output, cache
+
+    def required_flag(self, name: str) -> str | None:
+        """The config flag without which the place ``name`` never fires, or None."""
+        return FLAG_OF_PLACE.get(name.rsplit(".", 1)[-1])
+
+    def is_switched_off(self, name: str) -> bool:
+        """Whether a config flag keeps the place ``name`` from firing now."""
+        flag = self.required_flag(name)
+        return flag is not None and not getattr(self.cfg, flag)
+
+    def check_hooks_to_add(
+        self,
+        hook_point: HookPoint,
+        hook_point_name: str,
+        hook: HookFunction,
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        prepend: bool = False,
+    ) -> None:
+        """Refuse a hook on a place that is switched off: it would never run."""
+        if self.is_switched_off(hook_point_name):
+            flag = self.required_flag(hook_point_name)
+            raise FlagError(
+                f"a hook was asked for at {hook_point_name!r}, which does not fire while "
+                f"cfg.{flag} is False. Call model.set_{flag}(True) first, or name the place in "
+                f"run_with_hooks, hooks() or run_with_cache, which switch it on for that run."
+            )
+
+    def _switch_on(self, names: list[str]) -> Callable[[], None]:
+        flags = {self.required_flag(name) for name in names if self.is_switched_off(name)}
+        before = {flag: getattr(self.cfg, flag) for flag in flags if flag is not None}
+
+        def restore() -> None:
+            for flag, value in before.items():
+                setattr(self.cfg, flag, value)
+
+        try:
+            for flag in before:
+                getattr(self, f"set_{flag}")(True)
+        except BaseException:
+            restore()
+            raise
+        return restore
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Compute each head's output separately, for ``hook_result``: [batch, pos, head, d_model]."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Give every head its own copy of the residual stream for q, k and v."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Let ``hook_mlp_in`` edit what the MLP reads. Refused for attention-only models."""
+        if self.cfg.attn_only and use_hook_mlp_in:
+            raise FlagError("hook_mlp_in: this model is attn_only, so it has no MLPs.")
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Give every head its own copy of what it reads. Refused under grouped attention."""
+        if self.cfg.n_key_value_heads is not None and use_attn_in:
+            raise FlagError(
+                "hook_attn_in: keys and values of grouped heads are shared, so they cannot be split "
+                "per query head. Use set_use_split_qkv_input(True)."
+            )
+        self.cfg.use_attn_in = use_attn_in
+
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Compute keys and values per query head, so that ``hook_k`` and ``hook_v`` show them all."""
+        self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
+
+    # -- moving ------------------------------------------------------------------------------
+
+    def to(  # type: ignore[override]
+        self, device_or_dtype: torch.device | str | torch.dtype, print_details: bool = True
+    ) -> "HookedTransformer":
+        """Move or cast the model and keep ``cfg.device`` or ``cfg.dtype`` in step."""
+        if isinstance(device_or_dtype, torch.dtype):
+            self.cfg.dtype = device_or_dtype
+            if print_details:
+                print("Changing model dtype to", device_or_dtype)
+        else:
+            self.cfg.device = str(torch.device(device_or_dtype))
+            if print_details:
+                print("Moving model to device: ", self.cfg.device)
+        nn.Module.to(self, device_or_dtype)
+        return self
+
+    def _cast(self, dtype: torch.dtype) -> "HookedTransformer":
+        return self.to(dtype, print_details=False)
+
+    def double(self) -> "HookedTransformer":
+        """Cast to float64."""
+        return self._cast(torch.float64)
+
+    def float(self) -> "HookedTransformer":
+        """Cast to float32."""
+        return self._cast(torch.float32)
+
+    def half(self) -> "HookedTransformer":
+        """Cast to float16."""
+        return self._cast(torch.float16)
+
+    def bfloat16(self) -> "HookedTransformer":
+        """Cast to bfloat16."""
+        return self._cast(torch.bfloat16)
+
+    def cuda(self, device: int | torch.device | str | None = None) -> "HookedTransformer":  # type: ignore[override]
+        """Move to a CUDA device."""
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> "HookedTransformer":
+        """Move to the CPU."""
+        return self.to("cpu")
+
+    def mps(self) -> "HookedTransformer":
+        """Move to Apple's GPU. Not run there by us; compare with the CPU before you trust it."""
+        return self.to("mps")
+
+    def move_model_modules_to_device(self) -> None:
+        """Move everything to ``cfg.device``."""
+        nn.Module.to(self, self.cfg.device)

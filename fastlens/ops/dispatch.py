@@ -1,0 +1,61 @@
+"""Choose a kernel once per (op, device type, dtype), and say why the others were refused."""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fastlens.kernels
+from fastlens.errors import FastlensError, did_you_mean
+from fastlens.kernels import reference
+from fastlens.kernels.kernel import Kernel
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that serves an op on a device and dtype, and why each other one does not."""
+
+    op: str
+    kernel: str
+    refused: dict[str, str]
+
+
+@functools.cache
+def kernels() -> dict[str, list[Kernel]]:
+    """Every kernel by op, best first: each module ``torch_*``, ``triton_*``, ``cuda_*`` gives one."""
+    found: dict[str, list[Kernel]] = {}
+    for info in pkgutil.iter_modules(fastlens.kernels.__path__):
+        if info.name.startswith(("torch_", "triton_", "cuda_")):
+            kernel = importlib.import_module(f"fastlens.kernels.{info.name}").KERNEL
+            found.setdefault(kernel.op, []).append(kernel)
+    return {op: sorted(ks, key=lambda k: -k.priority) for op, ks in sorted(found.items())}
+
+
+@functools.cache
+def kernel_for(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function that runs ``op`` there: the best kernel that does not refuse, else the reference."""
+    for kernel in _of(op):
+        if kernel.refuses(torch.device(device_type), dtype) is None:
+            return kernel.fn
+    return getattr(reference, op)
+
+
+def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
+    """Which kernel serves ``op`` there and the sentence with which each other one refused."""
+    refused = {}
+    for kernel in _of(op):
+        reason = kernel.refuses(torch.device(device), dtype)
+        if reason is None:
+            return Choice(op, kernel.name, refused)
+        refused[kernel.name] = reason
+    return Choice(op, "reference (plain PyTorch)", refused)
+
+
+def _of(op: str) -> list[Kernel]:
+    if op not in kernels():
+        raise FastlensError(f"no op {op!r}.{did_you_mean(op, kernels())}")
+    return kernels()[op]

@@ -1,0 +1,19 @@
+"""Activation patching: `sweep` and its metrics."""
+
+from fastlens.patching.metrics import (
+    answer_logit,
+    answer_prob,
+    cross_entropy,
+    kl_divergence,
+    logit_diff,
+)
+from fastlens.patching.sweep import sweep
+
+__all__ = [
+    "answer_logit",
+    "answer_prob",
+    "cross_entropy",
+    "kl_divergence",
+    "logit_diff",
+    "sweep",
+]

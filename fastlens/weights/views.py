@@ -1,0 +1,56 @@
+"""From Hugging Face's tensors to TransformerLens' axes: views, nothing copied.
+
+``nn.Linear`` weights are ``[out, in]``, which is also how our parameters lie in memory.
+"""
+
+from torch import Tensor
+
+from fastlens.components import layout
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError, WeightsError
+
+
+def as_it_is(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
+def transposed(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """``[out, in]`` as ``[in, out]``."""
+    return tensor.t()
+
+
+def input_heads(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """``[head * d_head, d_model]`` as ``[head, d_model, d_head]`` (W_Q, W_K, W_V)."""
+    return layout.input_heads(tensor, tensor.shape[0] // cfg.d_head)
+
+
+def output_heads(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """``[d_model, head * d_head]`` as ``[head, d_head, d_model]`` (W_O)."""
+    return layout.output_heads(tensor, cfg.n_heads)
+
+
+def bias_heads(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """``[head * d_head]`` as ``[head, d_head]``."""
+    return tensor.view(-1, cfg.d_head)
+
+
+def first_positions(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """The first ``n_ctx`` rows of a position table."""
+    if cfg.n_ctx > tensor.shape[0]:
+        raise ConfigError(
+            f"n_ctx={cfg.n_ctx} was asked, but this model learned {tensor.shape[0]} positions. "
+            f"Ask for at most {tensor.shape[0]}."
+        )
+    return tensor[: cfg.n_ctx]
+
+
+def must_be_zero(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, ...]:
+    """Nothing, if the tensor is zero everywhere: there is no parameter it could become."""
+    if tensor.count_nonzero():
+        raise WeightsError(
+            "the gate and up projections of this model have biases that are not zero. "
+            "TransformerLens' gated MLP has no parameter for them (its b_in is added after the "
+            "product), so the model cannot be loaded exactly."
+        )
+    return ()

@@ -1,0 +1,79 @@
+"""Rotary tables against Hugging Face's and against TransformerLens' formula in float64."""
+
+import pytest
+import torch
+
+from fastlens.components.rotary_tables import rotary_tables
+from fastlens.config import HookedTransformerConfig
+from tests.close import assert_close_to
+from tests.configs import tiny
+
+SCALINGS = {
+    "default": ({}, {"rope_type": "default"}),
+    "linear": (
+        {"rotary_scaling_factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "llama3": (
+        {
+            "use_NTK_by_parts_rope": True,
+            "NTK_by_parts_factor": 8.0,
+            "NTK_original_ctx_len": 64,
+        },
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "yarn": (
+        {
+            "use_yarn_rope": True,
+            "yarn_factor": 4.0,
+            "yarn_attention_factor": 1.2,
+            "yarn_original_max_position_embeddings": 64,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "attention_factor": 1.2,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_tables_equal_hugging_face(name):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    ours, theirs = SCALINGS[name]
+    n_ctx = 256
+    hf = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=64,
+            num_attention_heads=4,
+            head_dim=16,
+            max_position_embeddings=n_ctx,
+            rope_parameters={"rope_theta": 10000.0, **theirs},
+        )
+    )
+    hf_cos, hf_sin = hf(torch.zeros(1), torch.arange(n_ctx)[None])
+    cfg = HookedTransformerConfig(**tiny("llama", d_head=16, rotary_dim=16, **ours))
+    sin, cos = rotary_tables(cfg, n_ctx, torch.float32)
+    assert_close_to(cos, hf_cos[0], atol=1e-6)
+    assert_close_to(sin, hf_sin[0], atol=1e-6)
+
+
+def test_adjacent_pairs_interleave_and_local_layers_have_their_base():
+    cfg = HookedTransformerConfig(
+        **tiny("llama", rotary_adjacent_pairs=True, rotary_base_local=100, rotary_scaling_factor=2)
+    )
+    sin, _ = rotary_tables(cfg, 4, torch.float64)
+    assert torch.equal(sin[:, 0::2], sin[:, 1::2])
+    local, _ = rotary_tables(cfg, 4, torch.float64, is_local=True)
+    angle = 3 * 100 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    assert_close_to(local[3, 0::2], angle.sin(), atol=1e-12)

@@ -1,0 +1,40 @@
+"""The visibility rule, cell by cell against its definition."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility, visible_keys
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_visibility_equals_its_definition(causal, window, offset):
+    rule = AttentionRule(1.0, causal, window)
+    n_queries, n_keys = 5, 5 + offset
+    key_mask = torch.ones(2, n_keys, dtype=torch.bool)
+    key_mask[1, :2] = False
+    queries, keys = torch.arange(offset, offset + n_queries), torch.arange(n_keys)
+    visible = visibility(rule, queries, keys, key_mask)
+    for b, i, j in itertools.product(range(2), range(n_queries), range(n_keys)):
+        q = i + offset
+        wanted = bool(key_mask[b, j])
+        wanted &= not causal or j <= q
+        wanted &= window is None or j > q - window
+        assert bool(visible[b, 0, i, j]) == wanted
+    low, high = visible_keys(rule, n_keys, offset, offset + n_queries)
+    outside = torch.ones(n_keys, dtype=torch.bool)
+    outside[low:high] = False
+    assert not visible[..., outside].any()
+
+
+def test_nothing_to_mask_is_none():
+    rule = AttentionRule(1.0, causal=False)
+    assert visibility(rule, torch.arange(3), torch.arange(3), None) is None
+
+
+def test_alibi_slopes_of_eight_heads_are_powers_of_one_half():
+    slopes = alibi_slopes(8, torch.device("cpu"), torch.float64)
+    assert torch.allclose(slopes, torch.tensor([2.0**-n for n in range(1, 9)], dtype=torch.float64))
