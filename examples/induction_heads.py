@@ -77,7 +77,8 @@ def main(model: HookedTransformer, length: int = 50, batch: int = 4) -> tuple[Sc
     # The same measure, with previous-token and duplicate-token heads, in one call.
     scores = head_scores(model, seq_len=length, batch=batch)
     for kind in scores.labels["kind"]:
-        print(scores.select(kind=kind).table(3))
+        found = scores.select(kind=kind).top(3)
+        print(f"{kind}:", ", ".join(f"{cell.name} {cell.value:.2f}" for cell in found))
     return scores, second, ablated
 
 

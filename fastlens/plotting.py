@@ -4,6 +4,7 @@ matplotlib is imported when something is drawn, and its global state is left alo
 backend, no rcParams.
 """
 
+import contextlib
 import io
 import math
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ class _Layout:
         matrix = scores.values.detach().double().cpu().numpy()
         axes = list(scores.axes)
         labels = {
-            axis: [_shortened(visible(label, axis)) for label in scores.labels[axis]]
+            axis: [_shortened(_drawable(visible(label, axis))) for label in scores.labels[axis]]
             for axis in axes
         }
         if len(axes) == 1:
@@ -263,7 +264,7 @@ def _label_side(axis: Any, name: str, labels: list[str], cell: float, *, upright
     props: dict[str, Any] = {"fontsize": TICK_SIZE, "rotation": rotation, "parse_math": False}
     if rotation == 50:
         props |= {"ha": "right", "va": "top", "rotation_mode": "anchor"}
-    axis.set_ticks(list(shown), [_drawable(labels[i]) for i in shown], **props)
+    axis.set_ticks(list(shown), [labels[i] for i in shown], **props)
     axis.set_label_text(_AXIS_TITLES.get(name, name.replace("_", " ")), fontsize=9)
 
 
@@ -381,4 +382,5 @@ def _write(figure: Any, path: Path, dpi: int) -> None:
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot write the picture {path}: {error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()

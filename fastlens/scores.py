@@ -4,6 +4,7 @@ What every sweep and analysis returns. Drawing lives in `fastlens.plotting`, rea
 `Scores.plot` is called, so that this module stays at the bottom.
 """
 
+import contextlib
 import hashlib
 import html
 import importlib
@@ -436,7 +437,8 @@ def _write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         raise SourceError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def _read(path: Path) -> bytes:

@@ -98,9 +98,14 @@ def prepends_something(tokenizer: Any) -> bool:
 
     A tokenizer that only appends one, as T5's does, does not count.
     """
-    whole = tokenizer.encode("a")
+    added = tokenizer.encode("")
+    if not added:
+        return False
     plain = tokenizer.encode("a", add_special_tokens=False)
-    return whole[: len(plain)] != plain
+    if not plain:
+        # The vocabulary has no such letter, so which side it was added on cannot be seen.
+        return added[0] == tokenizer.bos_token_id
+    return tokenizer.encode("a")[: len(plain)] != plain
 
 
 def token_is_known(tokenizer: Any, token: str | None) -> bool:

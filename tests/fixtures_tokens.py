@@ -38,6 +38,44 @@ def char_tokenizer(**special: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
+def python_tokenizer(**special: Any) -> Any:
+    """A tokenizer written in Python (transformers' slow kind): one token a letter."""
+    from transformers import PreTrainedTokenizer
+
+    class Letters(PreTrainedTokenizer):
+        ids = {char: index for index, char in enumerate(string.ascii_letters + " ")}
+
+        @property
+        def vocab_size(self) -> int:
+            return len(self.ids)
+
+        def get_vocab(self) -> dict[str, int]:
+            return {**self.ids, **self.added_tokens_encoder}
+
+        def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int | None:
+            return self.ids.get(token)
+
+        def _convert_id_to_token(self, index: int) -> str:
+            return list(self.ids)[index]
+
+        def convert_tokens_to_string(self, tokens: list[str]) -> str:
+            return "".join(tokens)
+
+    return Letters(**special)
+
+
+def digit_tokenizer(single: str, **special: Any) -> Any:
+    """A tokenizer of digits alone, with this post-processor template."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={d: int(d) for d in string.digits}, merges=[]))
+    return _with_template(PreTrainedTokenizerFast(tokenizer_object=backend, **special), single)
+
+
 def gpt2_like() -> Any:
     """Like GPT-2's: BOS and EOS are one token, no pad token, BOS not prepended."""
     return bpe_tokenizer(bos_token=EOS, eos_token=EOS)
@@ -45,7 +83,9 @@ def gpt2_like() -> Any:
 
 def llama_like() -> Any:
     """Like Llama's: ``<s>`` in front by the post-processor, a pad token of its own."""
-    return _with_template(bpe_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>"), "<s> $A")
+    return _with_template(
+        bpe_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>"), "<s> $A"
+    )
 
 
 def pad_is_eos() -> Any:

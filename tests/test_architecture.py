@@ -24,6 +24,7 @@ MAX_CODE_LINES = 450
 # Modules whose tests do not mirror their path: where they are tested, and why.
 TESTED_ELSEWHERE: dict[str, str] = {
     "fastlens/__init__.py": "tests/test_architecture.py",  # public names and import cost
+    "fastlens/__main__.py": "tests/cli/test_cli.py",  # run as a process
     "fastlens/kernels/kernel.py": "tests/kernels/test_kernels.py",  # a record, used by every test
 }
 # Kernels are tested from their registry, so that a new one is tested as soon as its file exists.
@@ -79,10 +80,16 @@ def code_lines(path: Path) -> int:
 
 
 def has_code(path: Path) -> bool:
-    body = tree_of(path).body
-    return any(
-        not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body
-    )
+    """Whether there is more than a docstring, imports and `__all__`."""
+
+    def is_plain(node: ast.stmt) -> bool:
+        if isinstance(node, ast.Assign):
+            return [ast.unparse(target) for target in node.targets] == ["__all__"]
+        return isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        )
+
+    return not all(is_plain(node) for node in tree_of(path).body)
 
 
 def is_kernel(path: Path) -> bool:
@@ -108,6 +115,45 @@ def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
                 yield from visit(node.body, f"{prefix}{node.name}.")
 
     return visit(tree.body, "")
+
+
+SAMPLE = '''"""A module
+of one class."""
+
+import re
+
+__all__ = ["Thing"]
+
+
+class Thing:
+    """Said."""
+
+    # A comment counts.
+    text = """two
+lines"""
+
+    def bare(self): ...
+
+    def _private(self): ...
+
+    @property
+    def size(self):
+        """Said."""
+'''
+
+
+def test_the_measures_of_this_file(tmp_path):
+    path = tmp_path / "sample.py"
+    path.write_text(SAMPLE, encoding="utf-8")
+    assert code_lines(path) == 10
+    assert [name for name, _ in public_definitions(tree_of(path))] == [
+        "Thing",
+        "Thing.bare",
+        "Thing.size",
+    ]
+    assert has_code(path)
+    path.write_text(SAMPLE.partition("\n\nclass")[0], encoding="utf-8")
+    assert not has_code(path)
 
 
 @each_module

@@ -1,3 +1,4 @@
+import inspect
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from tests.fixtures_tokens import (
     bpe_tokenizer,
     char_tokenizer,
     colon_bos,
+    digit_tokenizer,
     gpt2_like,
     llama_like,
     reloadable,
@@ -98,6 +100,13 @@ def test_only_a_token_in_front_counts_as_prepending():
     assert not fl.prepends_something(t5_like())
     assert not fl.prepends_something(gpt2_like())
     assert fl.prepends_something(fl.get_tokenizer_with_bos(gpt2_like()))
+
+
+@pytest.mark.parametrize(("single", "prepends"), [("<s> $A", True), ("$A </s>", False)])
+def test_prepending_is_seen_without_letters_in_the_vocabulary(single, prepends):
+    tokenizer = digit_tokenizer(single, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.encode("a", add_special_tokens=False) == []
+    assert fl.prepends_something(tokenizer) is prepends
 
 
 def test_a_token_is_known_only_if_the_vocabulary_has_it():
@@ -420,10 +429,12 @@ def test_loss_of_unbatched_text():
 
 def test_loss_refuses_shapes_that_do_not_fit():
     logits, tokens, mask = _loss_case()
-    with pytest.raises((ShapeError, TypeError)):
-        fl.lm_cross_entropy_loss(logits, tokens[:, :-1])
-    with pytest.raises((TokenError, TypeError)):
-        fl.lm_cross_entropy_loss(logits, tokens, mask[:1])
+    # Without the shape checks that only tests have.
+    loss = inspect.unwrap(fl.lm_cross_entropy_loss)
+    with pytest.raises(ShapeError, match=r"\(3, 7, 50\) need tokens \(3, 7\), found \(3, 6\)"):
+        loss(logits, tokens[:, :-1])
+    with pytest.raises(TokenError, match=r"attention_mask \(1, 7\) must have"):
+        loss(logits, tokens, mask[:1])
 
 
 # -- showing -------------------------------------------------------------------------------------

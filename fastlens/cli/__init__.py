@@ -11,20 +11,16 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from fastlens.cli.demo import demo
-from fastlens.cli.doctor import doctor
-from fastlens.cli.heads import heads
-from fastlens.cli.models import models
-from fastlens.cli.sweep import sweep
+from fastlens.cli import demo, doctor, heads, models, sweep
 from fastlens.errors import FastlensError
 
 USER_ERROR = 2
 INTERRUPTED = 130
-COMMANDS = (sweep, heads, models, doctor, demo)
+COMMANDS = (sweep.sweep, heads.heads, models.models, doctor.doctor, demo.demo)
 
 app = typer.Typer(
     name="fastlens",
@@ -38,18 +34,25 @@ for command in COMMANDS:
     app.command()(command)
 
 
-@app.callback(invoke_without_command=True)
-def _top(
-    context: typer.Context,
-    version: bool = typer.Option(False, "--version", help="Print the version."),
-):
-    if version:
+def _print_version(wanted: bool) -> bool:
+    if wanted:
         from fastlens import __version__
 
         typer.echo(f"fastlens {__version__}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+    return wanted
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: the exit code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

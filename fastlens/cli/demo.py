@@ -37,14 +37,13 @@ def demo(
     from fastlens.tokens import LocallyOverridenDefaults
 
     # SmolLM2's BOS is a chat marker, which makes it less sure of the answer.
-    with LocallyOverridenDefaults(lens, prepend_bos=False):
+    with LocallyOverridenDefaults(lens, prepend_bos=False), output.progress("patching") as bar:
         top_tokens = {
             "clean": _next_token(lens, CLEAN),
             "corrupted": _next_token(lens, CORRUPTED),
         }
-        scores = sweep(
-            lens, CLEAN, CORRUPTED, sites="resid_pre", metric=logit_diff(ANSWER, WRONG), out=folder
-        )
+        metric = logit_diff(ANSWER, WRONG)
+        scores = sweep(lens, CLEAN, CORRUPTED, metric=metric, out=folder, progress=bar)
     files = output.save(scores, folder)
     command = (
         f'fastlens sweep --model {model} --no-processing --no-prepend-bos --clean "{CLEAN}" '
@@ -80,8 +79,26 @@ def demo(
         "the answer is there.\n"
     )
     typer.echo(scores.table(top))
-    typer.echo(f"\n{output.said_files(files)}")
+    typer.echo(f"\nwhere the answer is, layer by layer: {strongest_by_layer(scores)}")
+    typer.echo(output.said_files(files))
     typer.echo(f"the same by hand: {command}")
+
+
+def strongest_by_layer(scores: Any) -> str:
+    """The position that matters most in each layer: ``L0-L23 at iffel:2, L24-L29 at of:8``."""
+    from fastlens.scores import visible
+
+    best = (scores.values - scores.reference).abs().argmax(1).tolist()
+    spans: list[list[Any]] = []
+    for layer, position in zip(scores.labels["layer"], best, strict=True):
+        if spans and spans[-1][2] == position:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer, position])
+    return ", ".join(
+        f"{first if first == last else f'{first}-{last}'} at {visible(scores.labels['pos'][pos])}"
+        for first, last, pos in spans
+    )
 
 
 def _next_token(lens: Any, prompt: str) -> str:

@@ -1,7 +1,5 @@
-"""Load a model for a command: quietly on stdout, with a clock on stderr."""
+"""Load a model for a command, with a clock on stderr if it takes long."""
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,8 @@ def load_model(
         if processing
         else HookedTransformer.from_pretrained_no_processing
     )
-    # The library greets on stdout, which is for results.
-    with waiting(f"loading {name}"), contextlib.redirect_stdout(sys.stderr):
-        return load(name, device=device, dtype=getattr(torch, dtype.value))
+    with waiting(f"loading {name}"):
+        return load(name, device=device, dtype=getattr(torch, dtype.value), verbose=False)
 
 
 def checked_device(name: str | None) -> None:
@@ -52,14 +49,12 @@ def checked_device(name: str | None) -> None:
 
 
 def described(model: Any) -> str:
-    """One line: which model, how large, where."""
+    """One line: which model, its size, number type and device."""
     cfg = model.cfg
     dtype = str(cfg.dtype).removeprefix("torch.")
-    size = sum(p.numel() for p in model.parameters())
-    millions = f"{size / 1e6:.1f}M" if size < 1e9 else f"{size / 1e9:.2f}B"
     return (
         f"{cfg.model_name}: {cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, "
-        f"{millions} parameters, {dtype} on {cfg.device}"
+        f"{dtype} on {cfg.device}"
     )
 
 

@@ -65,6 +65,16 @@ def waiting(what: str, delay: float = 2.0) -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[bool]:
+    """Whether the library shall draw its bar: on a terminal. Elsewhere one line is said."""
+    if sys.stderr.isatty():
+        yield True
+        return
+    with waiting(what):
+        yield False
+
+
 def save(scores: "Scores", out: Path | None) -> dict[str, Path]:
     """Write scores and heatmap into ``out``: what was written, by kind. Nothing for None.
 

@@ -1,7 +1,7 @@
 """``fastlens sweep``: activation patching over layers, positions and heads."""
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,6 @@ from fastlens.cli.options import (
     names,
     selection,
 )
-
-if TYPE_CHECKING:
-    from fastlens.scores import Scores
 
 
 class MetricName(str, Enum):
@@ -122,22 +119,20 @@ def sweep(
     _warn_of_missing_space(lens, clean, answer, wrong)
     from fastlens.patching import sweep as run
 
-    with LocallyOverridenDefaults(lens, prepend_bos=prepend_bos):
-        scores = run(lens, clean, corrupted, metric=measure, out=folder, **options)
+    with (
+        LocallyOverridenDefaults(lens, prepend_bos=prepend_bos),
+        output.progress("patching") as bar,
+    ):
+        scores = run(lens, clean, corrupted, metric=measure, out=folder, progress=bar, **options)
     files = output.save(scores, folder)
     if json:
         record = output.scores_record(scores, top)
         output.document({"command": "sweep", "model": model, **record, "files": files})
         return
     typer.echo(loading.described(lens))
-    typer.echo(report(scores, top))
+    typer.echo(scores.table(top))
     if files:
         typer.echo(output.said_files(files))
-
-
-def report(scores: "Scores", k: int) -> str:
-    """The strongest sites as a table."""
-    return f"{scores.table(k)}"
 
 
 def chosen_metric(name: MetricName, answer: str | None, wrong: str | None, normalize: bool) -> Any:

@@ -326,7 +326,9 @@ class AbstractAttention(nn.Module):
         else:
             positions = get_offset_position_ids(past_kv_pos_offset, attention_mask)
             cos, sin = self.rotary_cos[positions], self.rotary_sin[positions]
-        return rotary(x, cos.to(x.dtype), sin.to(x.dtype), self.cfg.rotary_adjacent_pairs)
+        if cos.dtype != x.dtype:
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        return rotary(x, cos, sin, self.cfg.rotary_adjacent_pairs)
 
     # -- moving and loading ------------------------------------------------------------------
 

@@ -57,18 +57,17 @@ def neighbours(parts: Sequence[Tensor]) -> Tensor | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     first = parts[0]
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    end = first.data_ptr()
     for part in parts:
-        if (
-            part.data_ptr() != end
-            or part.untyped_storage().data_ptr() != storage
-            or part.dtype != first.dtype
-            or not part.is_contiguous()
-        ):
+        if part.data_ptr() != end or part.dtype != first.dtype or not part.is_contiguous():
             return None
-        end += part.numel() * part.element_size()
+        end += part.nbytes
     rows = sum(part.shape[0] for part in parts)
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    try:
+        return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    except RuntimeError:
+        # Neighbours by chance, in separate allocations: no one view may reach into both.
+        return None
 
 
 def rejoin(parameters: Sequence[nn.Parameter], storage_shape: Sequence[tuple[int, ...]]) -> None:

@@ -115,7 +115,7 @@ class GatedMLP(CanBeUsedAsMLP):
         else:
             if up is None:
                 up = self.hook_pre_linear(linear(x, self.W_in.t()))
-            post = self.act_fn(gate) * up + self.b_in
+            post = torch.addcmul(self.b_in, self.act_fn(gate), up)
         return linear(self.hook_post(post), self.W_out.t(), self.b_out)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GatedMLP":

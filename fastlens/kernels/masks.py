@@ -1,14 +1,13 @@
 """Which query may see which key: the rule, and the mask of any block of query rows."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class AttentionRule:
+class AttentionRule(NamedTuple):
     """What one attention layer does to its scores, whatever the input.
 
     Scores are ``q . k / scale``, then ``soft_cap * tanh(score / soft_cap)`` if ``soft_cap > 0``,

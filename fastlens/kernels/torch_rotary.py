@@ -17,14 +17,17 @@ def rotary(
     """See `fastlens.ops.rotary.rotary`."""
     if adjacent_pairs:
         return by_formula(x, cos, sin, adjacent_pairs)
-    half = cos.shape[-1] // 2
+    half, d_head = cos.shape[-1] // 2, x.shape[-1]
     cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-    first, second, passing = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    parts = [
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-    ]
-    return torch.cat([*parts, passing] if passing.shape[-1] else parts, -1)
+    first, second, *passing = x.split([half, half, d_head - 2 * half][: 2 + (d_head > 2 * half)], -1)
+    return torch.cat(
+        [
+            torch.addcmul(first * cos, second, sin, value=-1),
+            torch.addcmul(second * cos, first, sin),
+            *passing,
+        ],
+        -1,
+    )
 
 
 def _refuses(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -188,8 +188,8 @@ class GenerationMixin:
         if bool(mask.all()):
             return Prompt("tokens", given, given, None)
         # A stable sort by "is a token" moves padding in front and keeps the text in order.
-        order = mask.argsort(-1, stable=True)
-        return Prompt("tokens", given, given.gather(1, order), mask.gather(1, order))
+        kept, order = torch.sort(mask, dim=-1, stable=True)
+        return Prompt("tokens", given, given.gather(1, order), kept)
 
     def _room(self, prompt: Prompt) -> int:
         """New tokens that learned positions have room for; the last one needs no position."""
@@ -198,8 +198,8 @@ class GenerationMixin:
         room = self.cfg.n_ctx - prompt.longest + 1
         if room < 1:
             raise TokenError(
-                f"the prompt has {prompt.longest} tokens, and this model {self.cfg.n_ctx} positions "
-                f"(n_ctx). Give a shorter prompt."
+                f"the prompt has {prompt.longest} tokens, and this model {self.cfg.n_ctx} "
+                f"positions (n_ctx). Give a shorter prompt."
             )
         return room
 
@@ -208,7 +208,11 @@ class GenerationMixin:
         if eos_token_id is None:
             eos_token_id = own
         if eos_token_id is None:
-            found = "this model has no tokenizer" if self.tokenizer is None else "its tokenizer has none"
+            found = (
+                "this model has no tokenizer"
+                if self.tokenizer is None
+                else "its tokenizer has none"
+            )
             raise TokenError(
                 f"stop_at_eos=True needs an EOS token, and {found}. Pass eos_token_id=, or "
                 f"stop_at_eos=False."
@@ -320,8 +324,8 @@ class GenerationMixin:
 def _refuse(empty: bool) -> None:
     if empty:
         raise TokenError(
-            "an empty prompt leaves nothing to continue. Give some text, or prepend_bos=True with a "
-            "tokenizer that has a BOS token."
+            "an empty prompt leaves nothing to continue. Give some text, or prepend_bos=True with "
+            "a tokenizer that has a BOS token."
         )
 
 

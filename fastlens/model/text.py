@@ -148,8 +148,7 @@ class TextMixin:
         """
         tokenizer = self._need_tokenizer("to_string")
         ids = _as_lists(tokens)
-        if isinstance(ids, int):
-            ids = [ids]
+        ids: Any = [ids] if isinstance(ids, int) else ids
         if all(isinstance(item, int) for item in ids):
             return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if all(isinstance(item, int) for row in ids for item in row):

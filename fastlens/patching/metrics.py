@@ -265,9 +265,7 @@ class Reading:
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def reading_of(
-    metric: Callable[[Any], Any], model: PatchableModel, n_pos: int, batch: int
-) -> Reading:
+def reading_of(metric: Any, model: PatchableModel, n_pos: int, batch: int) -> Reading:
     """The metric ready to be called, its strings looked up; `Reading.with_clean` completes it.
 
     Raises: SweepError for a position the prompts do not have, or something that is no metric;

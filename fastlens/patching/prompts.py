@@ -12,7 +12,7 @@ from fastlens.errors import SweepError, TokenError
 from fastlens.patching.model import PatchableModel
 from fastlens.tokens import align_tokenizations
 
-Prompt: TypeAlias = str | Sequence[str] | Int[Tensor, "*batch pos"]
+Prompt: TypeAlias = str | Sequence[str] | Int[Tensor, "..."]
 Direction: TypeAlias = Literal["denoising", "noising"]
 
 
@@ -39,8 +39,8 @@ class Prompts:
         return pair if direction == "denoising" else pair[::-1]
 
 
-def prompts_of(model: PatchableModel, clean: Prompt, corrupted: Prompt) -> Prompts:
-    """Both prompts as tokens.
+def prompts_of(model: PatchableModel, clean: Any, corrupted: Any) -> Prompts:
+    """Both prompts (see `Prompt`) as tokens.
 
     Raises: SweepError if their token counts differ (both tokenizations are shown), or the number
         of prompts; TokenError for ids outside the vocabulary.

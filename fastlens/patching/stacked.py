@@ -49,9 +49,9 @@ class Patch:
             )
         patched = activation.clone()
         stack = patched.unflatten(0, (len(self.runs), -1))
-        for one, run in zip(stack, self.runs, strict=True):
+        for i, run in enumerate(self.runs):
             where = (slice(None), *_product_index(run.index, activation.device))
-            one[where] = source[where]
+            stack[i][where] = source[where]
         return patched
 
 

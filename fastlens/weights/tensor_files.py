@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ _SAFETENSORS_DTYPES = {
 _MAX_HEADER_BYTES = 100_000_000
 
 
+@runtime_checkable
 class TensorReader(Protocol):
     """What a checkpoint looks like to the loader."""
 

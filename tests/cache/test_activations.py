@@ -81,7 +81,9 @@ def test_it_is_a_mapping_in_firing_order():
     assert cache.has_embed and not cache.has_pos_embed
 
 
-@pytest.mark.parametrize("key", ["hook_embd", ("q", 3), ("q", -4), ("z", 0), (), 3, ("q", 0, "a", 1)])
+@pytest.mark.parametrize(
+    "key", ["hook_embd", ("q", 3), ("q", -4), ("z", 0), (), 3, ("q", 0, "a", 1)]
+)
 def test_what_is_not_here_is_not_in_it(key):
     assert key not in make_cache()
 
@@ -131,7 +133,9 @@ def test_malformed_keys_and_layers():
 
 def test_a_missing_activation_names_the_method_that_needs_it():
     cache = make_cache(leave_out=("hook_q", "hook_result"))
-    with pytest.raises(HookNameError, match=r"stack_activation\(\) needs .* 'blocks.0.attn.hook_q'"):
+    with pytest.raises(
+        HookNameError, match=r"stack_activation\(\) needs .* 'blocks.0.attn.hook_q'"
+    ):
         cache.stack_activation("q")
 
 
@@ -188,7 +192,9 @@ def test_remove_batch_dim(caplog):
         make_cache(batch=2).remove_batch_dim()
 
 
-@pytest.mark.parametrize("chosen", [1, -1, (1, 3), (None, None, 2), [2, 0], torch.tensor([1]), None])
+@pytest.mark.parametrize(
+    "chosen", [1, -1, (1, 3), (None, None, 2), [2, 0], torch.tensor([1]), None]
+)
 def test_apply_slice_to_batch_dim(chosen):
     cache = make_cache(batch=3)
     cache.cache_dict["flat"] = torch.randn(24, 1)

@@ -14,11 +14,11 @@ from tests.configs import tiny
 from tests.fixtures_tokens import (
     EOS,
     TOKENIZERS,
-    bpe_tokenizer,
     char_tokenizer,
     colon_bos,
     gpt2_like,
     llama_like,
+    python_tokenizer,
     reloadable,
     smollm2_tokenizer,
     t5_like,
@@ -118,7 +118,16 @@ def test_strings_as_transformer_lens(pair_of, name):
     for tokens in (batch, row, row[2], row.tolist(), row.numpy(), batch.numpy(), batch.tolist()):
         assert ours.to_string(tokens) == theirs.to_string(tokens)
     assert ours.to_str_tokens("") == theirs.to_str_tokens("")
-    inputs = [*TEXTS[:4], TEXTS[:4], [TEXTS[:4]], row, row[None], row[:1], row.numpy(), [row, batch[1]]]
+    inputs = [
+        *TEXTS[:4],
+        TEXTS[:4],
+        [TEXTS[:4]],
+        row,
+        row[None],
+        row[:1],
+        row.numpy(),
+        [row, batch[1]],
+    ]
     for value in inputs:
         assert ours.to_str_tokens(value) == theirs.to_str_tokens(value)
         assert ours.to_str_tokens(value, False) == theirs.to_str_tokens(value, False)
@@ -150,7 +159,15 @@ def test_token_positions_as_transformer_lens(pair_of, name):
 def test_residual_directions_as_transformer_lens(pair_of):
     ours, theirs = pair_of("gpt2_like")
     batch = ours.to_tokens(["the cat in", "Hi"])
-    for tokens in ("the", 5, torch.tensor(5), torch.tensor([5]), torch.tensor([[5]]), batch[0], batch):
+    for tokens in (
+        "the",
+        5,
+        torch.tensor(5),
+        torch.tensor([5]),
+        torch.tensor([[5]]),
+        batch[0],
+        batch,
+    ):
         got = ours.tokens_to_residual_directions(tokens)
         assert torch.equal(got, theirs.tokens_to_residual_directions(tokens))
 
@@ -278,12 +295,24 @@ def test_residual_directions_copy_only_what_is_asked_for():
     assert W_U.grad is None or W_U.grad[:, 3].tolist() == [2.0] * 8
 
 
+def test_a_tokenizer_written_in_python():
+    model = OnlyText(python_tokenizer(bos_token="<s>", eos_token="</s>"), n_ctx=4)
+    assert model.cfg.tokenizer_prepends_bos is False
+    assert model.to_str_tokens("ab") == ["<s>", "a", "b"]
+    assert model.to_tokens("abcdef").tolist() == [[model.tokenizer.bos_token_id, 0, 1, 2]]
+    left = model.to_tokens(["abc", "a"], prepend_bos=False, padding_side="left")
+    assert model.to_string(left) == ["abc", "</s></s>a"]
+    assert model.to_single_token("b") == 1
+
+
 # -- errors --------------------------------------------------------------------------------------
 
 
 def test_several_tokens_are_shown():
     model = OnlyText(gpt2_like())
-    with pytest.raises(TokenError, match=r"' Kal' must be a single token, but is 4: \[' ', 'K'") as e:
+    with pytest.raises(
+        TokenError, match=r"' Kal' must be a single token, but is 4: \[' ', 'K'"
+    ) as e:
         model.to_single_token(" Kal")
     assert isinstance(e.value, AssertionError) and isinstance(e.value, ValueError)
     with pytest.raises(TokenError, match=r"'' must be a single token, but is 0"):
@@ -335,7 +364,10 @@ def test_a_model_without_tokenizer_says_how_to_give_one(call):
         (lambda m: m.set_tokenizer("gpt2"), "set_tokenizer got str, which has no"),
         (lambda m: m.to_string(torch.zeros(1, 1, 1, dtype=torch.long)), r"found shape \[1, 1, 1\]"),
         (lambda m: m.to_str_tokens(torch.zeros(2, 2, dtype=torch.long)), r"\[2, 2\]. Give one row"),
-        (lambda m: m.tokens_to_residual_directions(torch.zeros(0, dtype=torch.long)), r"shape \[0\]"),
+        (
+            lambda m: m.tokens_to_residual_directions(torch.zeros(0, dtype=torch.long)),
+            r"shape \[0\]",
+        ),
         (lambda m: m.to_tokens([]), "empty list"),
     ],
 )
@@ -368,7 +400,9 @@ def test_smollm2():
     ]  # fmt: skip
     assert model.to_str_tokens("Hi")[0] == "<|im_start|>"
     assert model.to_single_str_token(model.to_single_token(" Paris")) == " Paris"
-    with pytest.raises(TokenError, match=r"' Kaliningrad' must be.*is 3: \[' Kal', 'ining', 'rad'\]"):
+    with pytest.raises(
+        TokenError, match=r"' Kaliningrad' must be.*is 3: \[' Kal', 'ining', 'rad'\]"
+    ):
         model.to_single_token(" Kaliningrad")
     tokens = model.to_tokens(["Hi there, you", "Hi"], padding_side="left")
     assert tokens[1].tolist() == [2] * (tokens.shape[1] - 2) + [1, model.to_single_token("Hi")]

@@ -1,0 +1,110 @@
+"""The runs, axes and labels that a sweep's arguments stand for."""
+
+import math
+
+import pytest
+
+from fastlens.errors import SweepError
+from fastlens.patching.grid import grid_of
+from fastlens.patching.prompts import Prompts, prompts_of
+from tests.models import ours, prompts
+from tests.patching.texts import text_model
+
+NOTHING = {"layer": None, "pos": None, "head": None, "neuron": None}
+
+
+def grid(name="gpt2", sites="resid_pre", by=None, **restrictions):
+    tokens = prompts(2, 5)
+    return grid_of(ours(name), Prompts(tokens, tokens), sites, by, {**NOTHING, **restrictions})
+
+
+@pytest.mark.parametrize(
+    ("sites", "by", "axes", "shape"),
+    [
+        ("resid_pre", None, ("layer", "pos"), (3, 5)),
+        ("z", None, ("layer", "head"), (3, 4)),
+        ("z", ("layer", "pos", "head"), ("layer", "pos", "head"), (3, 5, 4)),
+        ("k", None, ("layer", "head"), (3, 2)),
+        ("pattern", None, ("layer", "head"), (3, 4)),
+        (
+            "pattern",
+            ("layer", "head", "query_pos", "key_pos"),
+            ("layer", "head", "query_pos", "key_pos"),
+            (3, 4, 5, 5),
+        ),
+        ("mlp_post", ("layer", "neuron"), ("layer", "neuron"), (3, 48)),
+        ("attn_out", ("pos", "layer"), ("pos", "layer"), (5, 3)),
+        (["q", "z"], None, ("site", "layer", "head"), (2, 3, 4)),
+        (["resid_pre"], None, ("site", "layer", "pos"), (1, 3, 5)),
+    ],
+)
+def test_axes_and_shapes(sites, by, axes, shape):
+    found = grid("llama", sites, by)
+    assert (found.axes, found.shape) == (axes, shape)
+    assert len(found.runs) == math.prod(shape)
+    # Scores are the values of the runs, reshaped.
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    for number, run in enumerate(found.runs):
+        assert sum(i * s for i, s in zip(run.cell, strides, strict=True)) == number
+
+
+def test_restrictions_shorten_axes_and_keep_labels():
+    found = grid("llama", "z", layer=[2, 0], head=slice(1, 3))
+    assert found.labels == {"layer": ["L2", "L0"], "head": ["H1", "H2"]}
+    assert [(run.layer, run.index) for run in found.runs] == [
+        (2, (None, 1)),
+        (2, (None, 2)),
+        (0, (None, 1)),
+        (0, (None, 2)),
+    ]
+
+
+def test_restrictions_outside_by_narrow_the_patch():
+    found = grid("llama", "z", ("layer",), pos=[-1], head=1, layer=0)
+    assert [run.index for run in found.runs] == [((4,), (1,))]
+    found = grid("llama", "pattern", pos=-1, layer=0, head=0)
+    assert [run.index for run in found.runs] == [(0, (4,), None)]
+
+
+def test_labels():
+    assert grid("llama", "k").labels["head"] == ["KV0", "KV1"]
+    assert grid("gpt2", "k").labels["head"] == ["H0", "H1", "H2", "H3"]
+    assert grid("gpt2", "mlp_post", ("layer", "neuron"), neuron=7).labels["neuron"] == ["N7"]
+    assert grid("gpt2", ["q", "z"]).labels["site"] == ["q", "z"]
+    model = text_model()
+    pair = prompts_of(model, "the cat", "the the")
+    found = grid_of(model, pair, "resid_pre", None, {**NOTHING, "pos": slice(1, None)})
+    assert found.labels["pos"] == ["the:1", " cat/ the:2"]
+
+
+def test_names_of_runs():
+    assert grid("gpt2", "z").name(grid("gpt2", "z").runs[5]) == "z, layer L1, head H1"
+    found = grid("gpt2", ["attn_out", "mlp_out"])
+    assert found.name(found.runs[-1]) == "mlp_out, layer L2, pos 4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sites": []}, "empty"),
+        ({"sites": ["z", "z"]}, "names a site twice"),
+        ({"sites": ["resid_pre", "z"]}, "swept by different axes"),
+        ({"sites": ["q", "k"], "name": "llama"}, "q and k have different heads"),
+        ({"sites": "resid_pre", "head": 0}, "heads= was given, but resid_pre"),
+        ({"sites": "z", "neuron": 0}, "neurons= was given, but z"),
+        ({"sites": "z", "head": 4}, "heads 4 is out of range: there are 4"),
+        ({"sites": "k", "name": "llama", "head": 2}, "heads 2 is out of range: there are 2"),
+        ({"pos": 5}, "positions 5 is out of range: there are 5"),
+        ({"layer": 3}, "layers 3 is out of range: there are 3"),
+        ({"by": ("layer", "head")}, "cannot be swept by 'head'"),
+        ({"sites": "resid_mid", "name": "neox"}, "no resid_mid"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(SweepError, match=message):
+        grid(**arguments)
+
+
+def test_sites_with_equal_heads_share_an_axis():
+    assert grid("llama", ["k", "v"]).labels["head"] == ["KV0", "KV1"]
+    assert grid("gpt2", ["q", "k", "v", "z"]).shape == (4, 3, 4)

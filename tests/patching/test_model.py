@@ -1,0 +1,33 @@
+"""What patching asks of a model, and finding hooks on it."""
+
+import torch
+
+from fastlens.patching.model import PatchableModel, modules_with_hooks
+from tests.models import ours
+
+
+def test_a_hooked_transformer_can_be_patched():
+    assert isinstance(ours("gpt2"), PatchableModel)
+    assert not isinstance(torch.nn.Linear(2, 2), PatchableModel)
+
+
+def test_hooks_of_every_kind_are_found():
+    model = ours("gpt2")
+    assert modules_with_hooks(model) == []
+    model.add_hook("blocks.1.hook_resid_pre", lambda x, hook: x)
+    handle = model.blocks[0].mlp.register_forward_pre_hook(lambda module, args: None)
+    assert modules_with_hooks(model) == ["blocks.0.mlp", "blocks.1.hook_resid_pre"]
+    handle.remove()
+    model.reset_hooks()
+    assert modules_with_hooks(model) == []
+    everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert modules_with_hooks(model) != []
+    everywhere.remove()
+    assert modules_with_hooks(model) == []
+
+
+def test_backward_hooks_do_not_count():
+    """Nothing is differentiated in a sweep."""
+    model = ours("gpt2")
+    model.add_hook("hook_embed", lambda grad, hook: None, dir="bwd")
+    assert [name for name in modules_with_hooks(model) if "hook_embed" in name] == []
