@@ -49,20 +49,20 @@ def patch_by_hand(model: HookedTransformer, layer: int) -> torch.Tensor:
     return result
 
 
-def patch_everything(model: HookedTransformer, out: str | Path | None = None) -> Scores:
-    """The same for every layer at once: one call, and scores that know their axes and unit."""
-    return sweep(
-        model, CLEAN, CORRUPTED, sites="resid_pre", metric=logit_diff(ANSWER, WRONG), out=out
-    )
-
-
-def main(model: HookedTransformer, out: str | Path | None = None) -> Scores:
-    """By hand for the middle layer, then everything."""
+def main(
+    model: HookedTransformer, layers: slice = slice(None), out: str | Path | None = None
+) -> Scores:
+    """By hand for the middle layer, then every layer."""
     with torch.no_grad():
         layer = model.cfg.n_layers // 2
         by_hand = patch_by_hand(model, layer)
         print(f"layer {layer} by hand: {[round(value, 3) for value in by_hand.tolist()]}")
-    scores = patch_everything(model, out)
+
+    # The same for all layers: one call, and scores that know their axes and unit.
+    metric = logit_diff(ANSWER, WRONG)
+    scores = sweep(
+        model, CLEAN, CORRUPTED, metric=metric, sites="resid_pre", layers=layers, out=out
+    )
     print(scores.table(10))
     if out is not None:
         scores.plot(Path(out) / "heatmap.png")
@@ -77,5 +77,5 @@ if __name__ == "__main__":
     # SmolLM2's BOS is a chat marker that plain text should not start with.
     main(
         HookedTransformer.from_pretrained(arguments.model, default_prepend_bos=False),
-        arguments.out,
+        out=arguments.out,
     )

@@ -145,6 +145,7 @@ def test_attribution_is_no_worse_than_the_plain_formula(dtype):
     ours = norm.dot(low_stack, low_direction)
     assert ours.dtype == eager.dtype == torch.float32
     assert_no_worse(ours, eager, truth)
+    assert_close_to(ours, truth, atol=1e-4)  # 16-bit rows are centred in float32 too
     assert FrozenNorm().dot(low_stack, low_direction).dtype == dtype
 
 

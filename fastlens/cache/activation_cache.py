@@ -80,8 +80,6 @@ class ActivationCache(RunParts):
         has_batch_dim: Whether activations have a batch axis.
     """
 
-    # -- the residual stream ---------------------------------------------------------------
-
     @_says_who_asked
     def accumulated_resid(
         self,
@@ -245,8 +243,6 @@ class ActivationCache(RunParts):
             residual_stack = batch.apply(residual_stack, dim=1)
         norm = self._norm_into(self.model.cfg.n_layers, False, pos, batch)
         return norm.dot(residual_stack, directions.to(residual_stack.device))
-
-    # -- heads and neurons -----------------------------------------------------------------
 
     @_says_who_asked
     def compute_head_results(self) -> None:

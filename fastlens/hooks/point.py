@@ -106,21 +106,11 @@ class HookPoint(nn.Module):
     ) -> None:
         """Take hooks off: those of one ``hooks()`` level, or all (``level=None``)."""
         _check_direction(dir)
-
-        def keep(handles: list[LensHandle]) -> list[LensHandle]:
-            kept = []
-            for handle in handles:
-                ours = level is None or handle.context_level == level
-                if ours and (including_permanent or not handle.is_permanent):
-                    handle.hook.remove()
-                else:
-                    kept.append(handle)
-            return kept
-
-        if dir in ("fwd", "both"):
-            self.fwd_hooks = keep(self.fwd_hooks)
-        if dir in ("bwd", "both"):
-            self.bwd_hooks = keep(self.bwd_hooks)
+        # Walked for every point at the end of every hooked run: most have nothing to take off.
+        if dir != "bwd" and self.fwd_hooks:
+            self.fwd_hooks = _without(self.fwd_hooks, including_permanent, level)
+        if dir != "fwd" and self.bwd_hooks:
+            self.bwd_hooks = _without(self.bwd_hooks, including_permanent, level)
 
     def has_hooks(
         self,
@@ -200,3 +190,17 @@ def _check_direction(dir: str) -> None:
 def _name_after(wrapper: Any, hook: HookFunction) -> None:
     # repr of a partial prints its arguments, which for a caching hook are whole activations.
     wrapper.__name__ = f"partial({hook.func!r}, ...)" if isinstance(hook, partial) else repr(hook)
+
+
+def _without(
+    handles: list[LensHandle], including_permanent: bool, level: int | None
+) -> list[LensHandle]:
+    """The handles that stay, the others taken off."""
+    kept = []
+    for handle in handles:
+        ours = level is None or handle.context_level == level
+        if ours and (including_permanent or not handle.is_permanent):
+            handle.hook.remove()
+        else:
+            kept.append(handle)
+    return kept

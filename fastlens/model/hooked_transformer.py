@@ -42,7 +42,7 @@ FLAG_OF_PLACE = {
 
 
 def named_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """The Hugging Face tokenizer of that name or folder, with BOS where it can add one.
+    """The Hugging Face tokenizer of that name or folder.
 
     Raises: TokenError if it cannot be loaded.
     """
@@ -50,10 +50,7 @@ def named_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            name,
-            add_bos_token=True,
-            trust_remote_code=trust_remote_code,
-            token=HF_TOKEN.get() or None,
+            name, trust_remote_code=trust_remote_code, token=HF_TOKEN.get() or None
         )
     except (OSError, ValueError) as error:
         raise TokenError(
@@ -225,8 +222,9 @@ class HookedTransformer(
         Returns: residual, tokens, shortformer positions (or None), attention mask over past and new
             tokens (or None where nothing is padded).
         """
+        text_mask = None
         if isinstance(input, str | list):
-            tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+            tokens, text_mask = self._tokenize(input, prepend_bos, padding_side)
         else:
             tokens = cast(Tensor, input)
         if tokens.ndim == 1:
@@ -238,7 +236,9 @@ class HookedTransformer(
             )
         tokens = tokens.to(self.W_E.device)
         pos_offset = self.get_pos_offset(past_kv_cache, tokens.shape[0])
-        attention_mask = self._mask_of(tokens, prepend_bos, attention_mask, past_kv_cache)
+        attention_mask = self._mask_of(
+            tokens, text_mask, prepend_bos, attention_mask, past_kv_cache
+        )
         if self.cfg.use_hook_tokens:
             tokens = self.hook_tokens(tokens)
         embed = self.hook_embed(self.embed(tokens))
@@ -250,6 +250,7 @@ class HookedTransformer(
     def _mask_of(
         self,
         tokens: Tensor,
+        text_mask: Tensor | None,
         prepend_bos: bool | None,
         attention_mask: Tensor | None,
         past_kv_cache: TransformerLensKeyValueCache | None,
@@ -257,7 +258,9 @@ class HookedTransformer(
         pads_left = self.tokenizer is not None and self.tokenizer.padding_side == "left"
         if attention_mask is None and not pads_left and past_kv_cache is None:
             return None
-        if attention_mask is None:
+        if attention_mask is None and text_mask is not None:
+            attention_mask = text_mask
+        elif attention_mask is None:
             if prepend_bos is USE_DEFAULT_VALUE or prepend_bos is None:
                 prepend_bos = self.cfg.default_prepend_bos
             # Without a tokenizer nothing is known to be padding.

@@ -24,10 +24,13 @@ DTYPES = {
     "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "trust_remote_code", "local_files_only")
+_SOURCE_OPTIONS = (
+    "revision", "cache_dir", "token", "trust_remote_code", "local_files_only",
+    "ignore_config_attributes",
+)  # fmt: skip
 # For transformers' own loading; they change nothing about the weights that are read.
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "attn_implementation", "use_safetensors", "use_fast")
-_OPTIONS = (*_HUB_OPTIONS, *_WITHOUT_EFFECT, "torch_dtype", "use_auth_token", "verbose")
+_OPTIONS = (*_SOURCE_OPTIONS, *_WITHOUT_EFFECT, "torch_dtype", "use_auth_token", "verbose")
 
 
 class PretrainedMixin:
@@ -87,14 +90,14 @@ class PretrainedMixin:
             first_n_layers: Load only the first layers.
             n_ctx: Another context length.
             from_pretrained_kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for
-                the hub; ``trust_remote_code`` for the tokenizer; ``torch_dtype`` overrides
-                ``dtype``; ``verbose=False`` prints nothing.
+                the hub; ``trust_remote_code`` for the tokenizer; ``ignore_config_attributes``: see
+                `open_source`. ``torch_dtype`` overrides ``dtype``. ``verbose=False`` is silent.
 
         Cost: peak memory at load is the model plus one layer.
         Raises: ModelNameError, SourceError, ConfigError, WeightsError; see `open_source`.
         """
         options = _checked_options(from_pretrained_kwargs)
-        hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        hub = {name: options[name] for name in _SOURCE_OPTIONS if name in options}
         checkpoint, hub["revision"] = _checkpoint(
             str(model_name),
             checkpoint_index,

@@ -34,7 +34,8 @@ HARMLESS = frozenset(
     output_scores pad_token_id prefix problem_type remove_invalid_values repetition_penalty
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p unk_token_id use_cache
+    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
+    unsloth_version use_cache
     """.split()
 )
 MAX_LISTED = 30
@@ -88,6 +89,7 @@ class Family:
     ``config``: Hugging Face attribute -> (our field, Hugging Face's default).
     ``fixed``: fields every model of the family has.
     ``derive``: fields that follow from several attributes; ``reads`` lists those attributes.
+    ``only``: attributes unknown to transformers' class -> the one value they may have.
     ``switches``: attributes that `Key.when` names -> Hugging Face's default.
     ``ties_by_default``: whether W_U is W_E transposed where the config does not say.
     ``ignored``: attributes that do not change what the model computes.
@@ -108,6 +110,7 @@ class Family:
     keys: Mapping[str, Key | None]
     derive: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     ties_by_default: bool = False
+    only: Mapping[str, Any] = field(default_factory=dict)
     switches: Mapping[str, bool] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
@@ -144,7 +147,10 @@ class Family:
         unknown = {
             name: value
             for name, value in config.items()
-            if name not in known and value is not None and not name.startswith("_")
+            if name not in known
+            and value is not None
+            and not name.startswith("_")
+            and (name not in self.only or value != self.only[name])
         }
         if unknown.get("quantization_config"):
             method = dict(unknown["quantization_config"]).get("quant_method", "unknown method")
@@ -164,8 +170,7 @@ class Family:
             raise ConfigError(
                 f"the {self.name} family does not account for these config attributes: "
                 f"{', '.join(refused)}. They may change what the model computes, so it is not "
-                f"loaded. If they do not, add them to `ignored` in "
-                f"fastlens/weights/families/{self.name}.py."
+                f"loaded. If you know that they do not, pass ignore_config_attributes=[...]."
             )
 
     # -- tensors -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlens.errors import MissingDependencyError, SourceError
-from fastlens.weights.tensor_files import CHUNK_BYTES, Shape, read_as
+from fastlens.weights.tensor_files import CHUNK_BYTES, Shape, fresh, read_as
 
 MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
@@ -108,7 +108,7 @@ class GgufReader:
     def _dequantize(self, file: Any, name: str, kind: int, dtype: torch.dtype) -> Tensor:
         gguf = _gguf_package()
         shape, row_bytes = self.shapes[name], self._row_bytes(name, kind)
-        out = torch.empty(shape, dtype=dtype)
+        out = fresh(shape, dtype)
         rows = out.view(-1, shape[-1])
         step = max(1, CHUNK_BYTES // 4 // (shape[-1] * 4))
         for first in range(0, rows.shape[0], step):

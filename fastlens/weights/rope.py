@@ -23,6 +23,10 @@ _KEYS = {
         "original_max_position_embeddings", "truncate",
     },
 }  # fmt: skip
+_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -32,7 +36,7 @@ def rotary_fields(
     n_ctx: int,
     *,
     theta_name: str = "rope_theta",
-    fraction: float = 1.0,
+    fraction: float | int | None = None,
 ) -> dict[str, Any]:
     """Config fields for the rotary embedding of a Hugging Face config dict.
 
@@ -42,9 +46,10 @@ def rotary_fields(
         d_head: Head size.
         n_ctx: The config's own context length; some scalings refer to it.
         theta_name: The old attribute that holds the base.
-        fraction: Share of ``d_head`` that is rotated, where ``rope_parameters`` does not say.
+        fraction: Share of ``d_head`` that is rotated, where ``rope_parameters`` does not say; None
+            for an architecture that rotates whole heads and nothing less.
 
-    Raises: ConfigError for a kind of scaling that no config field expresses.
+    Raises: ConfigError for a kind of scaling that no config field expresses, or that is incomplete.
     """
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -59,8 +64,15 @@ def rotary_fields(
             f"rope_type={kind!r} has parameters that are not accounted for: "
             f"{', '.join(sorted(unknown))}. The model is not loaded, as they may change it."
         )
-    theta = rope.get("rope_theta")
-    fraction = rope.get("partial_rotary_factor") or fraction
+    missing = [key for key in _REQUIRED.get(kind, ()) if rope.get(key) is None]
+    if missing:
+        raise ConfigError(f"rope_type={kind!r} needs {', '.join(missing)}, which is not stated.")
+    theta, stated = rope.get("rope_theta"), rope.get("partial_rotary_factor")
+    if fraction is None and stated not in (None, 1, 1.0):
+        raise ConfigError(
+            f"partial_rotary_factor={stated} was asked of an architecture that rotates whole heads."
+        )
+    fraction = stated or fraction or 1.0
     fields: dict[str, Any] = {
         "positional_embedding_type": "rotary",
         "rotary_base": config.get(theta_name, DEFAULT_THETA) if theta is None else theta,
@@ -79,10 +91,10 @@ def rotary_fields(
             "NTK_by_parts_factor": rope["factor"],
         }
     elif kind == "yarn":
-        factor = rope.get("factor") or n_ctx / original
+        factor = float(rope.get("factor") or n_ctx / original)
         fields |= {
             "use_yarn_rope": True,
-            "yarn_factor": float(factor),
+            "yarn_factor": factor,
             "yarn_attention_factor": _attention_factor(rope, factor),
             "yarn_beta_fast": float(rope.get("beta_fast") or 32),
             "yarn_beta_slow": float(rope.get("beta_slow") or 1),
@@ -98,7 +110,7 @@ def _attention_factor(rope: dict[str, Any], factor: float) -> float:
     if stated is not None:
         return float(stated)
 
-    def growth(mscale: float) -> float:
+    def growth(mscale: float | int) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")

@@ -3,7 +3,8 @@
 import importlib.resources
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -177,6 +178,15 @@ def _check_layers(asked: int, found: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Options:
+    trust_remote_code: bool = False
+    ignored: frozenset[str] = frozenset()
+
+    def without_ignored(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in self.ignored}
+
+
 def open_source(
     name: str | Path,
     *,
@@ -186,6 +196,7 @@ def open_source(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     local_files_only: bool = False,
+    ignore_config_attributes: Sequence[str] = (),
 ) -> Source:
     """Find a model and check that all of it can be loaded; no weights are read yet.
 
@@ -197,13 +208,16 @@ def open_source(
         revision, cache_dir, token, local_files_only: For the hub; the token defaults to
             ``HF_TOKEN``.
         trust_remote_code: Passed to the tokenizer's loader. The model's own code is never run.
+        ignore_config_attributes: Attributes of its config.json that the family does not account
+            for, and that are known not to change what the model computes.
 
     Raises: ModelNameError (near names), SourceError (missing, truncated or corrupt files, the hub
         out of reach), ConfigError and WeightsError (see `CheckpointSource`).
     """
     name = str(name)
+    options = _Options(trust_remote_code, frozenset(ignore_config_attributes))
     if hf_model is not None:
-        return _from_memory(name, hf_model, cache_dir, trust_remote_code)
+        return _from_memory(name, hf_model, cache_dir, options)
     packaged = packaged_model(name)
     if packaged == TOY:
         folder = Path(str(importlib.resources.files("fastlens") / "assets" / "toy_induction"))
@@ -214,7 +228,7 @@ def open_source(
     if path.is_file():
         return _from_file(path)
     if path.is_dir() and (holds_a_model(path) or name not in known_names()):
-        return _from_folder(path, path.resolve().name, trust_remote_code)
+        return _from_folder(path, path.resolve().name, options)
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
         raise SourceError(f"{path} was asked, but there is no such file or folder.")
     repository = repository_of(name)
@@ -225,7 +239,7 @@ def open_source(
         token=token,
         local_files_only=local_files_only,
     )
-    return _from_folder(folder, repository, trust_remote_code, tokenizer_name=repository)
+    return _from_folder(folder, repository, options, tokenizer_name=repository)
 
 
 def holds_a_model(folder: Path) -> bool:
@@ -244,14 +258,14 @@ def _from_file(path: Path) -> Source:
 
 
 def _from_folder(
-    folder: Path, model_name: str, trust_remote_code: bool, tokenizer_name: str | None = None
+    folder: Path, model_name: str, options: _Options, tokenizer_name: str | None = None
 ) -> Source:
     if is_native(folder):
-        return NativeSource(folder, model_name, trust_remote_code)
+        return NativeSource(folder, model_name, options.trust_remote_code)
     ggufs = list(folder.glob("*.gguf"))
     if not (folder / "config.json").is_file() and len(ggufs) == 1:
         return _from_gguf(ggufs[0], model_name)
-    config = _read_config(folder)
+    config = options.without_ignored(_read_config(folder))
     family, architecture = family_of(config)
     return CheckpointSource(
         family,
@@ -259,7 +273,7 @@ def _from_folder(
         config,
         folder_reader(folder),
         model_name,
-        _Tokenizer(folder if has_tokenizer(folder) else None, None, trust_remote_code),
+        _Tokenizer(folder if has_tokenizer(folder) else None, None, options.trust_remote_code),
         tokenizer_name or str(folder),
     )
 
@@ -317,14 +331,14 @@ def _smollm2_file() -> Path:
 
 
 def _from_memory(
-    name: str, hf_model: Any, cache_dir: str | Path | None, trust_remote_code: bool
+    name: str, hf_model: Any, cache_dir: str | Path | None, options: _Options
 ) -> Source:
     if not hasattr(hf_model, "config") or not hasattr(hf_model, "state_dict"):
         raise SourceError(
             f"hf_model is a {type(hf_model).__name__}, which has no config and state_dict. Pass a "
             f"transformers model."
         )
-    config = hf_model.config.to_dict()
+    config = options.without_ignored(hf_model.config.to_dict())
     # A model made from a config states no architecture; its class is one.
     config["architectures"] = [type(hf_model).__name__]
     family, architecture = family_of(config)
@@ -334,7 +348,7 @@ def _from_memory(
         config,
         LiveReader(hf_model.state_dict()),
         name,
-        _Tokenizer(_local_tokenizer(name, config, cache_dir), None, trust_remote_code),
+        _Tokenizer(_local_tokenizer(name, config, cache_dir), None, options.trust_remote_code),
         name,
     )
 

@@ -6,6 +6,7 @@ memory until someone else needs it, which would double the peak of a load.
 
 import json
 import math
+import mmap
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -51,9 +52,20 @@ def read_into(file: Any, out: Tensor, what: str) -> None:
         done += got
 
 
+def fresh(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory that goes back to the system as soon as the tensor is gone.
+
+    malloc would keep what it is given back, in pieces, and the peak of a load would creep up.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < mmap.PAGESIZE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
+
+
 def read_as(file: Any, shape: Shape, stored: torch.dtype, dtype: torch.dtype, what: str) -> Tensor:
     """The next tensor of a file in another dtype, converted chunk by chunk."""
-    out = torch.empty(shape, dtype=dtype)
+    out = fresh(shape, dtype)
     if stored == dtype:
         read_into(file, out, what)
         return out

@@ -259,7 +259,7 @@ def test_a_cache_of_some_positions_works_at_those():
 
 def test_missing_activations_name_method_and_place():
     cases = [
-        (("hook_z",), lambda c: c.stack_head_results(), "stack_head_results", "blocks.0.attn.hook_z"),
+        (("hook_z",), lambda c: c.stack_head_results(), "stack_head_results", "attn.hook_z"),
         (("hook_mlp_out",), lambda c: c.decompose_resid(), "decompose_resid", "hook_mlp_out"),
         (("hook_scale",), lambda c: c.decompose_resid(apply_ln=True), "decompose_resid",
          "ln_final.hook_scale"),

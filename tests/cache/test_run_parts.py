@@ -211,6 +211,15 @@ def test_either_name_of_a_stream_will_do():
     close(cache.stack_head_results(1, incl_remainder=True)[-1], remainder)
 
 
+def test_of_two_names_the_edited_one_is_read_that_transformer_lens_reads():
+    cache = cache_of("gpt2")
+    cache.cache_dict["blocks.1.hook_resid_pre"] = torch.ones(2, POS, 32, dtype=torch.float64)
+    assert (cache.accumulated_resid(1)[1] == 1).all()
+    close(
+        cache.stack_head_results(1, incl_remainder=True).sum(0), cache["blocks.0.hook_resid_post"]
+    )
+
+
 def test_an_embedding_that_was_not_cached_is_not_left_out_in_silence():
     cache = cache_of("gpt2")
     del cache.cache_dict["hook_pos_embed"]

@@ -364,7 +364,7 @@ def test_missing_biases_are_the_models_own():
     model = HookedTransformer(tiny("gpt2"))
     state = {k: v.clone() for k, v in model.state_dict().items() if ".b_" not in k}
     filled = model.fill_missing_keys(state)
-    assert list(sorted(filled)) == sorted(model.state_dict())
+    assert sorted(filled) == sorted(model.state_dict())
 
 
 def test_single_steps_are_the_folds():

@@ -47,10 +47,8 @@ def one_by_one(model, base, source_tokens, site, by, metric, cover=None):
     ``cover``: for axes outside ``by``, the entries that are patched (default all).
     """
     axes = SITES[site].axes
-    _, source = model.run_with_cache(source_tokens)
     names = [SITES[site].hook_name(layer) for layer in range(model.cfg.n_layers)]
-    if names[0] not in source:
-        _, source = model.run_with_cache(source_tokens, names_filter=names)
+    _, source = model.run_with_cache(source_tokens, names_filter=names)
     sizes = dict(zip(axes, source[names[0]].shape[1:], strict=False))
     sizes["layer"] = model.cfg.n_layers
     rows = []
@@ -434,8 +432,9 @@ def test_every_metric_per_example(metric, direction):
     assert_close_to(scores.per_example, expected, atol=1e-12)
     assert_close_to(scores.values, expected.mean(0), atol=1e-12)
     assert_close_to(scores.standard_error, expected.std(0) / math.sqrt(3), atol=1e-12)
-    assert scores.baselines["clean"] == pytest.approx(float(metric(model(clean)).mean()))
-    assert scores.baselines["corrupted"] == pytest.approx(float(metric(model(corrupted)).mean()))
+    for name, tokens in (("clean", clean), ("corrupted", corrupted)):
+        plain = metric(model(tokens)).mean().item()
+        assert scores.baselines[name] == pytest.approx(plain)
     assert scores.reference == scores.baselines["corrupted" if base is corrupted else "clean"]
     assert scores.unit == metric.unit
 

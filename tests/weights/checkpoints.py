@@ -122,3 +122,92 @@ def prompt(length: int = 12) -> torch.Tensor:
     """Two rows of tokens."""
     torch.manual_seed(3)
     return torch.randint(3, VOCAB, (2, length))
+
+
+def weights_of(source: Any, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor a source gives, by name."""
+    from fastlens.config import HookedTransformerConfig
+
+    cfg = HookedTransformerConfig(**source.config_fields(), device="cpu")
+    return {
+        key: tensor
+        for _, group in source.groups(cfg, dtype)
+        for key, tensor in group.items()
+    }
+
+
+def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp's order of rotary channels, as its converter makes it from Hugging Face's."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _all_q_then_k_then_v(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp's order of GPT-NeoX's fused projection."""
+    per_head = tensor.reshape(heads, 3, tensor.shape[0] // heads // 3, *tensor.shape[1:])
+    return torch.cat([per_head[:, n].reshape(-1, *tensor.shape[1:]) for n in range(3)])
+
+
+def write_gguf(path: Path, case: str, quantize: str | None = None, **metadata: Any) -> Path:
+    """The case as llama.cpp's converter would write it; ``metadata`` adds or (None) drops keys."""
+    import gguf
+
+    model, (family, _, _) = hf_model(case), CASES[case]
+    config = model.config
+    architecture = {"gpt2": "gpt2", "gpt_neox": "gptneox", "llama": "llama"}[family]
+    writer = gguf.GGUFWriter(path, architecture)
+    heads, width = config.num_attention_heads, config.hidden_size
+    keys: dict[str, Any] = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": width,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": getattr(config, "intermediate_size", 4 * width),
+        "attention.head_count": heads,
+    }
+    undo_kv = getattr(config, "num_key_value_heads", heads)
+    if family == "llama":
+        keys |= {
+            "attention.head_count_kv": undo_kv,
+            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "rope.dimension_count": config.head_dim,
+            "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        }
+    elif family == "gpt_neox":
+        keys |= {
+            "rope.dimension_count": int(
+                width // heads * config.rope_parameters["partial_rotary_factor"]
+            ),
+            "attention.layer_norm_epsilon": config.layer_norm_eps,
+            "use_parallel_residual": config.use_parallel_residual,
+        }
+    else:
+        keys["attention.layer_norm_epsilon"] = config.layer_norm_epsilon
+    for key, value in {**keys, **metadata}.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+               str: writer.add_string}.get(type(value))  # fmt: skip
+        if add is not None:
+            add(key if key.startswith("tokenizer.") else f"{architecture}.{key}", value)
+    names = gguf.get_tensor_name_map(
+        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture], config.num_hidden_layers
+    )
+    state = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    for name, tensor in state.items():
+        name = name.replace("lm_head", "embed_out") if family == "gpt_neox" else name
+        if "q_proj" in name or "k_proj" in name:
+            tensor = _interleaved(tensor, heads if "q_proj" in name else undo_kv)
+        elif "query_key_value" in name:
+            tensor = _all_q_then_k_then_v(tensor, heads)
+        elif name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.t()
+        array = tensor.contiguous().numpy()
+        kind = gguf.GGMLQuantizationType[quantize] if quantize and array.ndim == 2 else None
+        if kind is not None:
+            array = gguf.quants.quantize(array, kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

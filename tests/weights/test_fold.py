@@ -35,7 +35,8 @@ def shapes(cfg: HookedTransformerConfig) -> dict[str, tuple[int, ...]]:
         block = {
             "ln1.w": (d,), "ln1.b": (d,),
             "attn.W_Q": (h, d, dh), "attn.W_O": (h, dh, d), "attn.b_Q": (h, dh), "attn.b_O": (d,),
-            "attn.W_K": (h, d, dh), "attn.W_V": (h, d, dh), "attn.b_K": (h, dh), "attn.b_V": (h, dh),
+            "attn.W_K": (h, d, dh), "attn.W_V": (h, d, dh), "attn.b_K": (h, dh),
+            "attn.b_V": (h, dh),
             "ln2.w": (d,), "ln2.b": (d,),
             "mlp.W_in": (d, m), "mlp.b_in": (m,), "mlp.W_out": (m, d), "mlp.b_out": (d,),
         }  # fmt: skip
@@ -119,10 +120,12 @@ def test_refactored_products_are_transformerlens():
     for layer in range(cfg.n_layers):
         get = [{k.split(".")[-1]: v for k, v in s.items() if f"blocks.{layer}.attn." in k}
                for s in (ours, theirs)]  # fmt: skip
-        for a, b in (("W_Q", "W_K"), ("b_Q", "b_K"), ("W_Q", "b_K")):
-            ours_ab, theirs_ab = (torch.einsum("h...d,h...d->h...", g[a], g[b]) if a[0] == b[0]
-                                  else torch.einsum("hmd,hd->hm", g[a], g[b]) for g in get)  # fmt: skip
-            torch.testing.assert_close(ours_ab, theirs_ab, rtol=1e-4, atol=1e-4)
+        ours_qk, theirs_qk = (
+            torch.cat([g["W_Q"], g["b_Q"][:, None]], 1)
+            @ torch.cat([g["W_K"], g["b_K"][:, None]], 1).mT
+            for g in get
+        )
+        torch.testing.assert_close(ours_qk, theirs_qk, rtol=1e-4, atol=1e-4)
         ours_ov, theirs_ov = (g["W_V"] @ g["W_O"] for g in get)
         torch.testing.assert_close(ours_ov, theirs_ov, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(get[0]["b_O"], get[1]["b_O"], rtol=1e-5, atol=1e-5)
@@ -143,8 +146,10 @@ def test_a_layer_by_hand():
     torch.testing.assert_close(out["blocks.0.attn.b_Q"], b + torch.einsum("m,hmd->hd", ln_b, w))
     assert (out["blocks.0.ln1.w"] == 1).all() and (out["blocks.0.ln1.b"] == 0).all()
     assert (out["blocks.0.attn.b_V"] == 0).all()
-    for name in ("embed.W_E", "pos_embed.W_pos", "blocks.0.attn.W_O", "blocks.0.attn.b_O",
-                 "blocks.0.mlp.W_out", "blocks.0.mlp.b_out", "unembed.W_U", "unembed.b_U"):  # fmt: skip
+    for name in (
+        *("embed.W_E", "pos_embed.W_pos", "blocks.0.attn.W_O", "blocks.0.attn.b_O"),
+        *("blocks.0.mlp.W_out", "blocks.0.mlp.b_out", "unembed.W_U", "unembed.b_U"),
+    ):
         assert out[name].mean(-1).abs().max() < 1e-6, name
 
 
@@ -245,7 +250,10 @@ def test_experts_share_the_gain():
 @pytest.mark.parametrize(
     ("changes", "off"),
     [
-        ({"positional_embedding_type": "shortformer"}, {"fold_ln", "center_writing_weights", "center_unembed"}),
+        (
+            {"positional_embedding_type": "shortformer"},
+            {"fold_ln", "center_writing_weights", "center_unembed"},
+        ),
         ({"output_logits_soft_cap": 10.0}, {"center_unembed"}),
         ({"original_architecture": "Olmo2ForCausalLM"}, {"fold_ln", "center_writing_weights"}),
         ({"normalization_type": None}, {"fold_ln"}),
@@ -254,7 +262,7 @@ def test_experts_share_the_gain():
         ({"use_attention_sinks": True}, {"fold_value_biases"}),
         ({}, set()),
     ],
-)  # fmt: skip
+)
 def test_flags_that_would_change_the_model_are_off(changes, off, caplog):
     cfg = HookedTransformerConfig(**tiny("gpt2", **changes))
     with caplog.at_level(logging.WARNING):

@@ -81,7 +81,6 @@ def peak_over_weights(name: str, **options: object) -> float:
     assert done.returncode == 0, done.stderr[-2000:]
     peak, weights = json.loads(done.stdout.splitlines()[-1])
     assert weights > 90e6
-    print("PEAK", peak / 1e6, weights / 1e6, peak / weights)
     return peak / weights
 
 

@@ -118,7 +118,8 @@ FAMILY = Family(
     # No dropout in eval mode; the upcast changes rounding in half precision only.
     ignored=frozenset(
         """resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn summary_type summary_use_proj
-        summary_activation summary_proj_to_labels summary_first_dropout""".split()
+        summary_activation summary_proj_to_labels summary_first_dropout n_special
+        predict_special_tokens""".split()
     ),
     keys=KEYS,
     aliases=ALIASES,

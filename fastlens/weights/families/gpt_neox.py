@@ -135,7 +135,10 @@ FAMILY = Family(
     reads=ROTARY_ATTRIBUTES | {"rotary_pct", "rotary_emb_base"},
     switches={SWITCH: True},
     # No dropout in eval mode.
-    ignored=frozenset({"attention_dropout", "hidden_dropout", "classifier_dropout"}),
+    ignored=frozenset(
+        """attention_dropout hidden_dropout classifier_dropout attention_probs_dropout_prob
+        hidden_dropout_prob""".split()
+    ),
     keys=KEYS,
     aliases=ALIASES,
     default_prepend_bos=False,

@@ -1,0 +1,154 @@
+"""Families refuse what they do not account for, all of it in one error."""
+
+import pytest
+
+from fastlens.errors import ConfigError, WeightsError
+from fastlens.weights.family import FAMILIES, family_of
+from tests.weights.checkpoints import hf_model
+
+LLAMA = FAMILIES.get("llama")
+GPT2 = FAMILIES.get("gpt2")
+
+
+def config(case: str = "llama_grouped", **changes) -> dict:
+    return {**hf_model(case).config.to_dict(), **changes}
+
+
+def shapes(case: str = "llama_grouped") -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in hf_model(case).state_dict().items()}
+
+
+def test_families_are_found_not_listed():
+    assert FAMILIES.names() == ["gpt2", "gpt_neox", "llama", "mistral"]
+    assert all(family.name == name for name, family in FAMILIES.entries.items())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES), ids=lambda family: family.name)
+def test_tables_are_whole(family):
+    """Every parameter has one key (or alternatives), and every switch is used."""
+    for pattern, key in family.keys.items():
+        if key is not None:
+            targets = key.targets(3, grouped=True)
+            assert ("{l}" in pattern) == all(name.startswith("blocks.3.") for name in targets)
+            assert key.when is None or key.when in family.switches
+    for table in family.gguf.values():
+        known = {pattern.rsplit(".", 1)[0] for pattern in family.keys}
+        assert {name for name in table.names.values() if name is not None} <= known
+        assert set(table.undo) <= set(family.keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"logit_scale": 0.5}, "logit_scale=0.5"),
+        ({"sliding_window": 7}, "sliding_window=7"),
+        ({"a": 1, "b": [2]}, r"a=1, b=\[2\]"),
+        # Known to transformers, but not at its default.
+        ({"chunk_size_feed_forward": 0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_unknown_attributes_are_refused(changes, named):
+    with pytest.raises(ConfigError, match=f"llama family does not account for .*{named}"):
+        LLAMA.config_fields(config(**changes))
+
+
+def test_what_says_nothing_is_accepted():
+    plain = LLAMA.config_fields(config())
+    null = config(anything=None, _private=3, torch_dtype="float16", transformers_version="4.0")
+    assert LLAMA.config_fields(null) == plain
+    # An attribute outside every table, at transformers' own default.
+    gpt2 = config("gpt2")
+    assert gpt2["add_cross_attention"] is False
+    GPT2.config_fields(gpt2)
+    with pytest.raises(ConfigError, match="add_cross_attention=True"):
+        GPT2.config_fields({**gpt2, "add_cross_attention": True})
+
+
+def test_only_one_value_is_known():
+    LLAMA.config_fields(config(rope_interleaved=False))
+    with pytest.raises(ConfigError, match="rope_interleaved=True"):
+        LLAMA.config_fields(config(rope_interleaved=True))
+
+
+def test_quantised_weights_are_refused():
+    quantised = config(quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match=r"stored quantised \(gptq\)"):
+        LLAMA.config_fields(quantised)
+
+
+def test_all_tensor_problems_are_listed_at_once():
+    found = shapes()
+    del found["model.layers.1.mlp.up_proj.weight"], found["model.norm.weight"]
+    found["model.layers.0.self_attn.q_proj.weight"] = (31, 32)
+    found |= {"model.layers.7.input_layernorm.weight": (32,), "model.vision.weight": (1, 2)}
+    with pytest.raises(WeightsError) as error:
+        LLAMA.plan(found, config())
+    message = str(error.value)
+    for part in (
+        "(5 problems)",
+        "missing: model.layers.1.mlp.up_proj.weight",
+        "missing: model.norm.weight",
+        "wrong shape: model.layers.0.self_attn.q_proj.weight is [31, 32], expected [32, 32]",
+        "unknown: model.layers.7.input_layernorm.weight [32]",
+        "unknown: model.vision.weight [1, 2]",
+    ):
+        assert part in message
+
+
+def test_long_lists_are_cut():
+    with pytest.raises(WeightsError, match="and 3 more"):
+        LLAMA.plan({**shapes(), **{f"x{n}": (1,) for n in range(33)}}, config())
+
+
+def test_a_tensor_of_a_switch_that_is_off_is_unknown():
+    found = {**shapes(), "model.layers.0.self_attn.q_proj.bias": (32,)}
+    with pytest.raises(WeightsError, match="unknown: .*q_proj.bias"):
+        LLAMA.plan(found, config())
+    with pytest.raises(WeightsError, match="missing: .*o_proj.bias"):
+        LLAMA.plan(shapes(), config(attention_bias=True))
+
+
+def test_tied_embeddings():
+    found = shapes("llama_tied")
+    del found["lm_head.weight"]
+    plan = LLAMA.plan(found, config("llama_tied"))
+    assert [(name, targets) for name, _, targets in plan["unembed"]] == [
+        ("model.norm.weight", ("ln_final.w",)),
+        ("model.embed_tokens.weight", ("unembed.W_U",)),
+    ]
+    with pytest.raises(WeightsError, match=r"missing: .*lm_head\.weight"):
+        LLAMA.plan(found, config("llama_tied", tie_word_embeddings=False))
+    untold = config("gpt2")
+    del untold["tie_word_embeddings"]
+    gpt2 = {name: shape for name, shape in shapes("gpt2").items() if "lm_head" not in name}
+    assert "wte" in GPT2.plan(gpt2, untold)["unembed"][-1][0]
+
+
+def test_groups_come_in_loading_order():
+    plan = LLAMA.plan(dict(reversed(shapes().items())), config())
+    assert list(plan) == ["unembed", "embed", "blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_the_family_of_a_config():
+    assert family_of({"architectures": ["LlamaForCausalLM"]}) == (LLAMA, "LlamaForCausalLM")
+    assert family_of({"model_type": "gpt2"})[1] == "GPT2LMHeadModel"
+    with pytest.raises(ConfigError, match=r"architecture is BertModel\. fastlens can load GPT2LM"):
+        family_of({"architectures": ["BertModel"], "model_type": "gpt2"})
+    with pytest.raises(ConfigError, match="none, model_type='bert'"):
+        family_of({"model_type": "bert"})
+
+
+def test_reading_a_config_of_its_own_needs_no_transformers():
+    """Everything in a usual config is in the tables, so defaults need not be asked for."""
+    from fastlens.weights import family as module
+
+    module._default_config.cache_clear()
+    for name, case in (("llama", "llama_grouped"), ("gpt2", "gpt2"), ("gpt_neox", "neox")):
+        saved = {
+            key: value
+            for key, value in hf_model(case).config.to_diff_dict().items()
+            if key != "add_cross_attention"
+        }
+        FAMILIES.get(name).config_fields(saved)
+    assert module._default_config.cache_info().currsize == 0
+
