@@ -78,7 +78,15 @@ TINY = (
     Shape(
         "tiny GPT-2",
         "GPT2",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64},
+        {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": 100,
+            "n_positions": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
     ),
     Shape(
         "tiny Llama",

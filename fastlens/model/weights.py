@@ -1,5 +1,7 @@
 """All weights as properties: single matrices as they are, per-layer ones stacked afresh."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +24,17 @@ class WeightsMixin:
             raise ConfigError(f"{name} was asked for, but this model is attn_only: it has no MLPs.")
         return torch.stack([getattr(getattr(b, part), name) for b in self.blocks])  # type: ignore[attr-defined]
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name in ("pos_embed", "W_pos", "W_E_pos"):
+                raise AttributeError(
+                    f"{name}: this model has {self.cfg.positional_embedding_type} positions, which "
+                    f"are not learned, so it has no position embedding."
+                ) from None
+            raise
+
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab_out"]:
         """Unembedding: final residual stream to logits. The parameter itself."""
@@ -40,8 +53,6 @@ class WeightsMixin:
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
         """Position embedding; only models with learned positions have one. The parameter itself."""
-        if self.cfg.positional_embedding_type == "rotary":
-            raise AttributeError("W_pos: this model has rotary positions, so no position embedding.")
         return self.pos_embed.W_pos  # type: ignore[attr-defined]
 
     @property
@@ -162,9 +173,10 @@ class WeightsMixin:
         if mode not in rights:
             raise ValueError(f"mode={mode!r} must be 'Q', 'K' or 'V'.")
         left, right = self.OV, rights[mode]()
-        left_norm, right_norm = left.norm(), right.norm()
-        product = left.unsqueeze(2).unsqueeze(2) @ right.unsqueeze(0).unsqueeze(0)
-        scores = product.norm() / left_norm[:, :, None, None] / right_norm[None, None]
+        # Same norms as the factored matrices, but d_head x d_head a pair of heads.
+        sender, receiver = left.collapse_l(), right.collapse_r()
+        product_norm = torch.stack([(s[:, None, None] @ receiver).norm(dim=(-2, -1)) for s in sender])
+        scores = product_norm / left.norm()[:, :, None, None] / right.norm()[None, None]
         layers = torch.arange(self.cfg.n_layers, device=scores.device)
         later = layers[:, None, None, None] < layers[None, None, :, None]
         return torch.where(later, scores, torch.zeros_like(scores))

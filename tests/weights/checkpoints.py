@@ -202,7 +202,8 @@ def write_gguf(path: Path, case: str, quantize: str | None = None, **metadata: A
         elif name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.t()
         array = tensor.contiguous().numpy()
-        kind = gguf.GGMLQuantizationType[quantize] if quantize and array.ndim == 2 else None
+        in_blocks = quantize is not None and array.ndim == 2 and array.shape[1] % 32 == 0
+        kind = gguf.GGMLQuantizationType[quantize] if in_blocks else None
         if kind is not None:
             array = gguf.quants.quantize(array, kind)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind)

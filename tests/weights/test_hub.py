@@ -82,7 +82,7 @@ def test_failures_are_one_sentence(monkeypatch, raised, error, message):
 
 def test_offline_and_nothing_cached(tmp_path):
     """The real hub library, switched off."""
-    with pytest.raises(SourceError, match="'gpt2' was asked, but the model hub could not be reached"):
+    with pytest.raises(SourceError, match="'gpt2' was asked, but the model hub could not be"):
         hub.fetch("gpt2", cache_dir=tmp_path)
 
 

@@ -25,7 +25,8 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     out = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES}
-    return {**out, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "bool": torch.eye(2) > 0}
+    out |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "bool": torch.eye(2) > 0}
+    return out
 
 
 @pytest.fixture
