@@ -16,7 +16,7 @@ INSTALL := $(PIP) install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-gpu check format bench clean
+.PHONY: help demo test test-all test-gpu check lint types floors architecture format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -33,12 +33,20 @@ test-all: $(VENV)/dev.stamp  ## the GPU and model-hub tests as well
 test-gpu: $(VENV)/dev.stamp  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
 
-check: $(VENV)/dev.stamp  ## lint, formatting, types, import floors, architecture tests
-	$(BIN)/ruff check .
+check: lint types floors architecture  ## lint, formatting, types, import floors, architecture tests
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+floors: $(VENV)/dev.stamp
 	$(BIN)/lint-imports --no-cache
-	$(PYTEST) -q tests/test_architecture.py
+
+architecture: $(VENV)/dev.stamp
+	$(PYTEST) -q --tb short tests/test_architecture.py
 
 format: $(VENV)/dev.stamp  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .

@@ -163,7 +163,9 @@ def _random(model: PatchableModel, seq_len: int | None, batch: int, seed: int) -
     if seq_len < 2 or batch < 1:
         raise ShapeError(f"seq_len={seq_len} must be at least 2 and batch={batch} at least 1.")
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
-    ordinary = torch.tensor([i for i in range(cfg.d_vocab) if i not in special])
+    # Embeddings are often padded beyond the tokens there are.
+    n_tokens = cfg.d_vocab if tokenizer is None else min(cfg.d_vocab, len(tokenizer))
+    ordinary = torch.tensor([i for i in range(n_tokens) if i not in special])
     generator = torch.Generator().manual_seed(seed)
     if len(ordinary) >= seq_len:
         picks = [torch.randperm(len(ordinary), generator=generator)[:seq_len] for _ in range(batch)]

@@ -12,7 +12,7 @@ from fastlens.errors import ConfigError, did_you_mean
 from fastlens.weights import fold, initialize, load
 from fastlens.weights.names import checkpoint_revision
 from fastlens.weights.native import save_native
-from fastlens.weights.source import Source, open_source
+from fastlens.weights.source import Source, check_layers, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -365,6 +365,7 @@ def _config(
     if default_prepend_bos is not None:
         fields["default_prepend_bos"] = default_prepend_bos
     if first_n_layers is not None:
+        check_layers(first_n_layers, fields["n_layers"])
         fields["n_layers"] = first_n_layers
     if n_ctx is not None:
         if n_ctx > fields["n_ctx"]:

@@ -63,6 +63,10 @@ class Key:
         return tuple(name.format(l=layer, kv="_" if grouped else "") for name in names)
 
 
+# Group -> (tensor name in the checkpoint, its key, our names).
+Plan = dict[str, list[tuple[str, Key, tuple[str, ...]]]]
+
+
 @dataclass(frozen=True)
 class Gguf:
     """How llama.cpp names this family.
@@ -89,7 +93,7 @@ class Family:
     ``config``: Hugging Face attribute -> (our field, Hugging Face's default).
     ``fixed``: fields every model of the family has.
     ``derive``: fields that follow from several attributes; ``reads`` lists those attributes.
-    ``only``: attributes unknown to transformers' class -> the one value they may have.
+    ``only``: attributes -> the one value that is computed here.
     ``switches``: attributes that `Key.when` names -> Hugging Face's default.
     ``ties_by_default``: whether W_U is W_E transposed where the config does not say.
     ``ignored``: attributes that do not change what the model computes.
@@ -175,10 +179,8 @@ class Family:
 
     # -- tensors -------------------------------------------------------------------------------
 
-    def plan(
-        self, shapes: Mapping[str, Shape], config: dict[str, Any]
-    ) -> dict[str, list[tuple[str, Key, tuple[str, ...]]]]:
-        """Group -> (tensor name in the checkpoint, its `Key`, our names), nothing read yet.
+    def plan(self, shapes: Mapping[str, Shape], config: dict[str, Any]) -> Plan:
+        """What to read for each group, in loading order; nothing is read yet.
 
         Raises: WeightsError that lists every unknown, missing and mis-shaped tensor.
         """
@@ -187,7 +189,7 @@ class Family:
         grouped = cfg.n_key_value_heads is not None
         wanted = dict.fromkeys(self._wanted(config, cfg.n_layers))
         problems: list[str] = []
-        plan: dict[str, list[tuple[str, Key, tuple[str, ...]]]] = {}
+        plan: Plan = {}
         covered: set[str] = set()
         for name, shape in shapes.items():
             pattern, layer = self._pattern(name)
@@ -237,13 +239,14 @@ class Family:
             assert key is not None
             for target in key.targets(layer, grouped):
                 if target not in covered:
+                    prefix = "" if target == "unembed.W_U" else self.prefix
                     # Two names may give one parameter; the first is today's.
-                    missing.setdefault(target, self.prefix + pattern.format(l=layer))
+                    missing.setdefault(target, prefix + pattern.format(l=layer))
         return [f"missing: {name}" for name in dict.fromkeys(missing.values())]
 
     @staticmethod
     def _enter(
-        plan: dict[str, list[tuple[str, Key, tuple[str, ...]]]],
+        plan: Plan,
         name: str,
         key: Key,
         layer: int | None,
@@ -257,7 +260,7 @@ class Family:
         plan.setdefault(group, []).append((name, key, targets))
 
     @staticmethod
-    def _tie(plan: dict[str, list[tuple[str, Key, tuple[str, ...]]]]) -> None:
+    def _tie(plan: Plan) -> None:
         for name, _, targets in plan.get("embed", []):
             if targets == ("embed.W_E",):
                 tied = Key("d_vocab d_model", "unembed.W_U", transposed)

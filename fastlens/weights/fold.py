@@ -46,6 +46,8 @@ def possible_flags(cfg: HookedTransformerConfig, **flags: bool) -> dict[str, boo
     soft-cap, no norm at all. And those it misses: a LayerNorm before a gated or mixture MLP (the
     gate has no bias to take the norm's), attention sinks (pattern rows sum to less than one, so a
     value bias is no constant).
+
+    Raises: ConfigError for refactor_factored_attn_matrices where there is no one QK matrix.
     """
     reasons: dict[str, str] = {}
     if cfg.normalization_type is None:
@@ -69,6 +71,8 @@ def possible_flags(cfg: HookedTransformerConfig, **flags: bool) -> dict[str, boo
         reasons["center_unembed"] = "a logit soft-cap sees the constant that centring removes"
     if cfg.use_attention_sinks:
         reasons["fold_value_biases"] = "with attention sinks, pattern rows do not sum to one"
+    if flags.get("refactor_factored_attn_matrices"):
+        _check_refactor(cfg)
     for flag, reason in reasons.items():
         if flags.get(flag):
             logger.warning("%s=True is not possible for this model: %s. It is off.", flag, reason)

@@ -152,9 +152,7 @@ def load_state_dict(
         name, group = groups.pop(0)
         processed = process_group(name, group, cfg, consume=True, **flags)
         # A legacy square mask has no place any more.
-        same = {
-            k: v for k, v in processed.items() if k not in places or places[k].shape == v.shape
-        }
+        same = {k: v for k, v in processed.items() if k not in places or places[k].shape == v.shape}
         processed.clear()
         store(places, same)
 

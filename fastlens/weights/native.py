@@ -86,7 +86,7 @@ def _file_parts(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | me
     yield len(header).to_bytes(8, "little") + header
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().view(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:

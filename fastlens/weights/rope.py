@@ -72,11 +72,11 @@ def rotary_fields(
         raise ConfigError(
             f"partial_rotary_factor={stated} was asked of an architecture that rotates whole heads."
         )
-    fraction = stated or fraction or 1.0
+    share = stated or fraction or 1.0
     fields: dict[str, Any] = {
         "positional_embedding_type": "rotary",
         "rotary_base": config.get(theta_name, DEFAULT_THETA) if theta is None else theta,
-        "rotary_dim": int(d_head * fraction),
+        "rotary_dim": int(d_head * share),
         "rotary_adjacent_pairs": False,
     }
     original = rope.get("original_max_position_embeddings") or n_ctx

@@ -28,9 +28,16 @@ class Source(Protocol):
     """A model's config, tensors and tokenizer, read when asked for."""
 
     model_name: str
-    family: Family | None
-    # Parameter shapes where they have not been checked against the config yet, else None.
-    unchecked_shapes: dict[str, Shape] | None
+
+    @property
+    def family(self) -> Family | None:
+        """The family of a checkpoint; None for a folder that fastlens wrote."""
+        ...
+
+    @property
+    def unchecked_shapes(self) -> dict[str, Shape] | None:
+        """Parameter shapes where they have not been checked against the config yet, else None."""
+        ...
 
     def config_fields(self) -> dict[str, Any]:
         """`HookedTransformerConfig` fields, without device and dtype."""
@@ -98,7 +105,7 @@ class CheckpointSource:
         tokenizer_name: str | None = None,
         overrides: dict[str, Any] | None = None,
     ):
-        self.family: Family | None = family
+        self.family = family
         self.model_name = model_name
         self._reader = reader
         self._tokenizer = tokenizer
@@ -119,7 +126,7 @@ class CheckpointSource:
         self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """See `Source.groups`. ``cfg`` may have fewer layers or positions than the checkpoint."""
-        _check_layers(cfg.n_layers, self._fields["n_layers"])
+        check_layers(cfg.n_layers, self._fields["n_layers"])
         for group in self._plan:
             if not group.startswith("blocks.") or int(group.split(".")[1]) < cfg.n_layers:
                 # A fresh dict that only the caller holds, so that it can be emptied on the way.
@@ -162,7 +169,7 @@ class NativeSource:
         self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """See `Source.groups`."""
-        _check_layers(cfg.n_layers, self._fields["n_layers"])
+        check_layers(cfg.n_layers, self._fields["n_layers"])
         for group in ("unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))):
             yield group, self._tensors.group(group, dtype)
 
@@ -171,7 +178,8 @@ class NativeSource:
         return self._tokenizer()
 
 
-def _check_layers(asked: int, found: int) -> None:
+def check_layers(asked: int, found: int) -> None:
+    """Refuse a config with more layers than its source has."""
     if asked > found:
         raise ConfigError(
             f"first_n_layers={asked} was asked, but the model has {found} layers. Ask for fewer."
@@ -308,8 +316,9 @@ def _from_gguf(path: Path, model_name: str) -> Source:
         reader,
         model_name,
         _Tokenizer(path.parent if has_tokens else None, path.name),
-        str(path),
-        overrides,
+        # No name from which a tokenizer could be loaded without saying that it is in a GGUF file.
+        tokenizer_name=None,
+        overrides=overrides,
     )
 
 

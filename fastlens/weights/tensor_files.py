@@ -32,7 +32,10 @@ _MAX_HEADER_BYTES = 100_000_000
 class TensorReader(Protocol):
     """What a checkpoint looks like to the loader."""
 
-    shapes: Mapping[str, Shape]
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Every tensor's shape, by name."""
+        ...
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, in ``dtype`` (by default as stored), on the CPU or where it already is."""
@@ -43,7 +46,7 @@ def read_into(file: Any, out: Tensor, what: str) -> None:
     """Fill a contiguous tensor with the next bytes of a file."""
     if out.numel() == 0:
         return
-    view = memoryview(out.view(-1).view(torch.uint8).numpy())
+    view = out.view(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])

@@ -272,6 +272,23 @@ def test_a_saved_model_comes_back_bit_for_bit(case, tmp_path):
             assert gap(processed(prompt()).log_softmax(-1), want) <= TOLERANCE
 
 
+def test_first_layers_of_a_saved_model(tmp_path):
+    load("x", hf_model=hf_model("gpt2")).save_pretrained(tmp_path)
+    assert len(load(tmp_path, first_n_layers=1).blocks) == 1
+    with pytest.raises(ConfigError, match="has 3 layers"):
+        load(tmp_path, first_n_layers=4)
+
+
+def test_a_saved_model_that_does_not_fit_its_config(tmp_path):
+    load_plain("x", hf_model=hf_model("gpt2")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "fastlens.json").read_text())
+    (tmp_path / "fastlens.json").write_text(json.dumps({**config, "d_mlp": 7, "n_layers": 4}))
+    with pytest.raises(WeightsError) as error:
+        load_plain(tmp_path)
+    assert "wrong shape: blocks.0.mlp.W_in is [32, 128], expected [32, 7]" in str(error.value)
+    assert "missing: blocks.3.attn.W_Q" in str(error.value)
+
+
 def test_a_saved_model_keeps_its_tokenizer(tmp_path):
     model = load("x", hf_model=hf_model("gpt2"), tokenizer=word_tokenizer())
     model.save_pretrained(tmp_path)

@@ -129,11 +129,7 @@ def weights_of(source: Any, dtype: torch.dtype | None = None) -> dict[str, torch
     from fastlens.config import HookedTransformerConfig
 
     cfg = HookedTransformerConfig(**source.config_fields(), device="cpu")
-    return {
-        key: tensor
-        for _, group in source.groups(cfg, dtype)
-        for key, tensor in group.items()
-    }
+    return {key: tensor for _, group in source.groups(cfg, dtype) for key, tensor in group.items()}
 
 
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:

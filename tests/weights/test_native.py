@@ -32,11 +32,7 @@ def test_reading_back(tmp_path):
     save_native(tmp_path, CFG, TENSORS.items())
     native = NativeTensors(tmp_path)
     again = HookedTransformerConfig(**native.fields, device="cpu")
-    different = {
-        name
-        for name, value in CFG.to_dict().items()
-        if getattr(again, name) != value
-    }
+    different = {name for name, value in CFG.to_dict().items() if getattr(again, name) != value}
     assert different == {"seed"}
     assert native.shapes == {"embed.W_E": (3, 4), "blocks.0.attn.b_Q": (2,)}
     assert torch.equal(native.group("embed", None)["embed.W_E"], TENSORS["embed.W_E"])

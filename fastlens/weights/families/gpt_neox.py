@@ -7,7 +7,7 @@ from torch import Tensor
 from fastlens.config import HookedTransformerConfig
 from fastlens.weights.family import Family, Gguf, Key
 from fastlens.weights.gguf_file import GgufReader
-from fastlens.weights.rope import ROTARY_ATTRIBUTES, rotary_fields
+from fastlens.weights.rope import rotary_fields
 from fastlens.weights.views import output_heads, transposed
 
 
@@ -64,9 +64,7 @@ KEYS = {
     A + "query_key_value.bias": Key("qkv", (T + "b_Q", T + "b_K", T + "b_V"), _qkv_bias, SWITCH),
     A + "dense.weight": Key("d_model heads", T + "W_O", output_heads),
     A + "dense.bias": Key("d_model", T + "b_O", when=SWITCH),
-    A + "bias": None,
-    A + "masked_bias": None,
-    A + "rotary_emb.inv_freq": None,
+    **dict.fromkeys((A + "bias", A + "masked_bias", A + "rotary_emb.inv_freq")),
     N + "weight": Key("d_model", "blocks.{l}.ln2.w"),
     N + "bias": Key("d_model", "blocks.{l}.ln2.b"),
     M + "dense_h_to_4h.weight": Key("d_mlp d_model", "blocks.{l}.mlp.W_in", transposed),
@@ -75,17 +73,19 @@ KEYS = {
     M + "dense_4h_to_h.bias": Key("d_model", "blocks.{l}.mlp.b_out"),
     "final_layer_norm.weight": Key("d_model", "ln_final.w"),
     "final_layer_norm.bias": Key("d_model", "ln_final.b"),
-    "embed_out.weight": Key("d_vocab d_model", "unembed.W_U", transposed),
     "lm_head.weight": Key("d_vocab d_model", "unembed.W_U", transposed),
+    # Its name until transformers 5.14.
+    "embed_out.weight": Key("d_vocab d_model", "unembed.W_U", transposed),
 }  # fmt: skip
+# None in eval mode.
+DROPOUT = """attention_dropout hidden_dropout classifier_dropout attention_probs_dropout_prob
+hidden_dropout_prob""".split()
 
 # Pythia sizes were once counted with other parameters; TransformerLens keeps the old names.
 _SIZES = {"14m": None, "31m": None, "70m": "19m", "160m": "125m", "410m": "350m", "1b": "800m",
           "1.4b": "1.3b", "2.8b": "2.7b", "6.9b": "6.7b", "12b": "13b"}  # fmt: skip
 ALIASES = {
-    "gpt-neox-20b": "EleutherAI/gpt-neox-20b",
-    "gpt-neox": "EleutherAI/gpt-neox-20b",
-    "neox": "EleutherAI/gpt-neox-20b",
+    **dict.fromkeys(("gpt-neox-20b", "gpt-neox", "neox"), "EleutherAI/gpt-neox-20b"),
     "pythia": "EleutherAI/pythia-70m",
     "pythia-v0": "EleutherAI/pythia-70m-v0",
     **{f"stablelm-{kind}{alpha}-{size}": f"stabilityai/stablelm-{kind}-alpha-{size}"
@@ -132,13 +132,9 @@ FAMILY = Family(
     },
     fixed={"normalization_type": "LN"},
     derive=_rotary,
-    reads=ROTARY_ATTRIBUTES | {"rotary_pct", "rotary_emb_base"},
+    reads=frozenset({"rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base"}),
     switches={SWITCH: True},
-    # No dropout in eval mode.
-    ignored=frozenset(
-        """attention_dropout hidden_dropout classifier_dropout attention_probs_dropout_prob
-        hidden_dropout_prob""".split()
-    ),
+    ignored=frozenset(DROPOUT),
     keys=KEYS,
     aliases=ALIASES,
     default_prepend_bos=False,

@@ -8,13 +8,7 @@ from fastlens.errors import ConfigError
 from fastlens.weights.family import Family, Gguf, Key
 from fastlens.weights.gguf_file import GgufReader
 from fastlens.weights.rope import ROTARY_ATTRIBUTES, gguf_rope, rotary_fields
-from fastlens.weights.views import (
-    bias_heads,
-    input_heads,
-    must_be_zero,
-    output_heads,
-    transposed,
-)
+from fastlens.weights.views import bias_heads, input_heads, must_be_zero, output_heads, transposed
 
 
 def heads_and_rotary(config: dict[str, Any]) -> dict[str, Any]:
@@ -43,9 +37,8 @@ def _half_split(heads_attribute: str) -> Any:
 def _gguf_attributes(reader: GgufReader) -> dict[str, Any]:
     known = {key.removeprefix("llama."): value for key, value in reader.metadata.items()}
     d_head = known.get("attention.key_length") or known.get("rope.dimension_count")
-    if known.get("attention.value_length", d_head) != d_head or (
-        known.get("rope.dimension_count", d_head) != d_head
-    ):
+    others = [known.get(key, d_head) for key in ("attention.value_length", "rope.dimension_count")]
+    if others != [d_head, d_head]:
         raise ConfigError(
             "the GGUF file gives keys, values and rotary channels different sizes, which Llama's "
             "architecture does not have."
@@ -76,8 +69,7 @@ KEYS = {
     M + "gate_proj.weight": Key("d_mlp d_model", T + "mlp.W_gate", transposed),
     M + "up_proj.weight": Key("d_mlp d_model", T + "mlp.W_in", transposed),
     M + "down_proj.weight": Key("d_model d_mlp", T + "mlp.W_out", transposed),
-    M + "gate_proj.bias": Key("d_mlp", (), must_be_zero, "mlp_bias"),
-    M + "up_proj.bias": Key("d_mlp", (), must_be_zero, "mlp_bias"),
+    **{f"{M}{x}_proj.bias": Key("d_mlp", (), must_be_zero, "mlp_bias") for x in ("gate", "up")},
     M + "down_proj.bias": Key("d_model", T + "mlp.b_out", when="mlp_bias"),
     "norm.weight": Key("d_model", "ln_final.w"),
     "lm_head.weight": Key("d_vocab d_model", "unembed.W_U", transposed),
@@ -96,15 +88,14 @@ CONFIG = {
 _BASES = """meta-llama/Meta-Llama-3-8B meta-llama/Meta-Llama-3-70B meta-llama/Llama-3.1-8B
 meta-llama/Llama-3.1-70B meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-3B
 HuggingFaceTB/SmolLM2-135M HuggingFaceTB/SmolLM2-360M HuggingFaceTB/SmolLM2-1.7B""".split()
-REPOSITORIES = [*_BASES, *(f"{base}-Instruct" for base in _BASES)]
 ALIASES = {
     **{f"Llama-2-{run}": f"meta-llama/Llama-2-{run}-hf"
        for run in ("7b", "7b-chat", "13b", "13b-chat", "70b-chat")},
     "Llama-3.3-70B-Instruct": "meta-llama/Llama-3.3-70B-Instruct",
     "meta-llama-2-70b-chat-hf": "meta-llama/Llama-2-70b-chat-hf",
     "CodeLlamallama-2-7b": "codellama/CodeLlama-7b-hf",
-    "CodeLlama-7b-python": "codellama/CodeLlama-7b-Python-hf",
-    "CodeLlama-7b-instruct": "codellama/CodeLlama-7b-Instruct-hf",
+    **{f"CodeLlama-7b-{run}".lower(): f"codellama/CodeLlama-7b-{run}-hf"
+       for run in ("Python", "Instruct")},
     **{f"yi-{run}".lower(): f"01-ai/Yi-{run}" for run in ("6B", "34B", "6B-Chat", "34B-Chat")},
 }  # fmt: skip
 
@@ -144,6 +135,6 @@ FAMILY = Family(
     ignored=frozenset({"attention_dropout", "pretraining_tp"}),
     keys=KEYS,
     aliases=ALIASES,
-    repositories=tuple(REPOSITORIES),
+    repositories=(*_BASES, *(f"{base}-Instruct" for base in _BASES)),
     gguf={"llama": GGUF},
 )

@@ -101,9 +101,7 @@ def test_rope_keys_of_older_transformers(case, tmp_path):
     rope = dict(CASES[case][2]["rope_parameters"])
     theta = rope.pop("rope_theta")
     rope["type"] = rope.pop("rope_type")
-    folder = save_folder(
-        tmp_path, case, rope_parameters=None, rope_theta=theta, rope_scaling=rope
-    )
+    folder = save_folder(tmp_path, case, rope_parameters=None, rope_theta=theta, rope_scaling=rope)
     assert "rope_parameters" not in json.loads((folder / "config.json").read_text())
     old = open_source(folder).config_fields()
     new = open_source("x", hf_model=hf_model(case)).config_fields()
@@ -112,8 +110,13 @@ def test_rope_keys_of_older_transformers(case, tmp_path):
 
 def test_every_published_llama_config_is_accounted_for(tmp_path):
     """The keys of real config.json files, across releases."""
-    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-              "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
     published = [
         # Llama 2 7B
         {"pretraining_tp": 1, "rope_scaling": None, "tie_word_embeddings": False,
