@@ -12,7 +12,8 @@ import torch
 from fastlens.errors import ConfigError, did_you_mean
 
 ACTIVATIONS = (
-    "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "solu", "solu_ln", "xielu",
+    "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "solu", "solu_ln",
+    "xielu",
 )  # fmt: skip
 NORMS = (None, "LN", "LNPre", "RMS", "RMSPre")
 POSITIONS = ("standard", "rotary", "shortformer", "alibi", "relative_positional_bias")
@@ -24,7 +25,7 @@ SOFTCAP_OFF = -1.0
 
 @dataclass(repr=False)
 class HookedTransformerConfig:
-    """Everything that fixes a model's shape and arithmetic. Names and defaults are TransformerLens'.
+    """What fixes a model's shape and arithmetic. Names and defaults are TransformerLens'.
 
     >>> cfg = HookedTransformerConfig(n_layers=2, d_model=64, d_head=16, n_ctx=32, d_vocab=100,
     ...                               act_fn="gelu", device="cpu")
@@ -183,7 +184,7 @@ class HookedTransformerConfig:
             raise ConfigError("num_experts and experts_per_token go together: give both or none.")
         if self.n_devices > 1 and torch.cuda.device_count() < self.n_devices:
             raise ConfigError(
-                f"n_devices={self.n_devices}, but {torch.cuda.device_count()} CUDA devices are here."
+                f"n_devices={self.n_devices}, but {torch.cuda.device_count()} CUDA devices exist."
             )
 
     def _check_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:

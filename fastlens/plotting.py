@@ -75,7 +75,11 @@ def heatmap(
     _need_matplotlib()
     layouts = [_Layout.of(part, len(parts)) for part in parts]
     scale = _Scale.of(scores)
-    figure, axes = _figure(layouts[0], len(parts)) if ax is None else (ax.figure, [ax])
+    figure: Any
+    if ax is None:
+        figure, axes = _figure(layouts[0], len(parts))
+    else:
+        figure, axes = ax.figure, [ax]
     image = None
     for layout, drawn, label in zip(layouts, axes, labels, strict=True):
         image = _draw(drawn, layout, scale, values)
@@ -86,7 +90,7 @@ def heatmap(
     heading = scores.title if title is None else title
     _add_color_bar(figure, axes, image, scores, scale)
     if heading and ax is None:
-        figure.suptitle(_drawable(heading[:1].upper() + heading[1:]), fontsize=10, parse_math=False)
+        figure.suptitle(_drawable(heading), fontsize=10, parse_math=False)
     elif heading:
         axes[0].set_title(_drawable(heading), fontsize=10, parse_math=False)
     if path is not None:
@@ -191,7 +195,7 @@ class _Scale:
 def _across(layout: _Layout, n_panels: int) -> int:
     """Panels in a row."""
     width = layout.matrix.shape[1] * layout.cell[0]
-    return min(n_panels, 4 if width < 3.5 else 2)
+    return min(n_panels, 4 if width < 3.5 else 3 if n_panels == 3 else 2)
 
 
 def _figure(layout: _Layout, n_panels: int) -> tuple[Any, list[Any]]:

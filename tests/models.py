@@ -1,4 +1,4 @@
-"""Tiny models with weights that are nowhere trivial, ours and TransformerLens' with the same ones."""
+"""Tiny models with weights that are nowhere trivial, ours and TransformerLens' with equal ones."""
 
 import warnings
 from typing import Any

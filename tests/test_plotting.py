@@ -119,7 +119,7 @@ def test_three_axes_become_panels():
     for ax, values in zip(drawn, scores.values, strict=True):
         assert np.array_equal(image(ax), values.double().numpy())
     assert drawn[0].images[0].get_clim() == drawn[1].images[0].get_clim()
-    assert figure.get_suptitle() == "Heads"
+    assert figure.get_suptitle() == "heads"
     assert texts(drawn[0].get_yticklabels()) == ["0", "1", "2"]
     assert not drawn[1].get_yticklabels()
 
@@ -204,7 +204,7 @@ def test_notebooks_get_a_picture():
 
 def test_scores_plot_reaches_the_heatmap(tmp_path):
     figure = token_map().plot(tmp_path / "map.png", title="mine")
-    assert figure.get_suptitle() == "Mine"
+    assert figure.get_suptitle() == "mine"
     assert (tmp_path / "map.png").exists()
 
 

@@ -25,7 +25,7 @@ def demo(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Find where a language model knows that the Eiffel Tower is in Paris.
+    """Find where a real model knows the Eiffel Tower's city.
 
     Activation patching on SmolLM2-135M: the residual stream of the Eiffel Tower prompt is put into
     the Colosseum prompt, at one layer and position at a time. Prints a table, writes a heatmap.

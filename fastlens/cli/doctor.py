@@ -23,7 +23,10 @@ GIB = 2**30
 
 
 def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show versions, devices, memory, which kernel serves each operation and why, and settings."""
+    """Show versions, devices, memory, kernels and settings.
+
+    For each operation: which kernel serves it, and why the others do not.
+    """
     record = {
         "command": "doctor",
         "versions": versions(),

@@ -47,9 +47,9 @@ def heads(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Score every head by where it looks on random tokens that are repeated once.
+    """Find induction, previous-token and duplicate-token heads.
 
-    A score is the mean attention that goes to the token after the previous occurrence
+    Every head is scored by where it looks on random tokens that are repeated once. A score is the mean attention that goes to the token after the previous occurrence
     (induction), to the token before (previous_token), or to the previous occurrence
     (duplicate_token): 0 to 1.
     """

@@ -15,7 +15,7 @@ def models(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the model names that can be loaded, with their aliases.
+    """List the model names that can be loaded.
 
     Any hub repository, local folder or .gguf file of a listed architecture loads too, whatever its
     name.

@@ -87,10 +87,10 @@ def sweep(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Patch every site, one at a time, and measure what that does to the prediction.
+    """Activation patching over layers, positions and heads.
 
-    Prints the strongest sites; with --out DIR writes scores.json, scores.safetensors and
-    heatmap.png into DIR.
+    Patches every site, one at a time, and measures what that does to the prediction. Prints the
+    strongest sites; with --out DIR writes scores.json, scores.safetensors and heatmap.png there.
     """
     from fastlens.errors import SweepError, did_you_mean
     from fastlens.patching.sites import ALIASES, SITES

@@ -1,4 +1,4 @@
-"""Attention: grouped or not, rotary, ALiBi or shortformer positions, windows, with all its hooks."""
+"""Attention: grouped or not, rotary, ALiBi or shortformer positions, windows, and all its hooks."""
 
 from typing import Any
 
@@ -59,6 +59,15 @@ class AbstractAttention(nn.Module):
 
     rotary_sin: Tensor
     rotary_cos: Tensor
+    hook_k: HookPoint
+    hook_q: HookPoint
+    hook_v: HookPoint
+    hook_z: HookPoint
+    hook_attn_scores: HookPoint
+    hook_pattern: HookPoint
+    hook_result: HookPoint
+    hook_rot_k: HookPoint
+    hook_rot_q: HookPoint
 
     def __init__(
         self,
@@ -338,11 +347,12 @@ class AbstractAttention(nn.Module):
         after = self.W_Q.dtype, self.W_Q.device
         if after != before and after[1].type != "meta":
             # `.to()` copies leaf by leaf: bring Q, K and V together again.
-            w_k, w_v, b_k, b_v = (self._parameters[name] for name in self.KEY_VALUE_NAMES)
-            leaves = [self.W_Q, w_k, w_v]
-            rows = [(w.shape[0] * w.shape[2], w.shape[1]) for w in leaves]
-            rejoin(leaves, rows)
-            rejoin([self.b_Q, b_k, b_v], [tuple(b.shape) for b in (self.b_Q, b_k, b_v)])
+            w_k, w_v, b_k, b_v = self.KEY_VALUE_NAMES
+            for names in (("W_Q", w_k, w_v), ("b_Q", b_k, b_v)):
+                found = [self._parameters.get(name) for name in names]
+                leaves = [leaf for leaf in found if leaf is not None]
+                if len(leaves) == len(names):  # else one is parametrized
+                    rejoin(leaves, [_storage_shape(leaf) for leaf in leaves])
         if after[0] != before[0] and self.cfg.positional_embedding_type == "rotary":
             # Tables of the new precision, not rounded ones of the old.
             sin, cos = self._tables(self.rotary_cos.shape[0], after[0])
@@ -366,8 +376,9 @@ class Attention(AbstractAttention):
 class GroupedQueryAttention(AbstractAttention):
     """Attention whose query heads share KV heads (Ainslie et al. 2305.13245).
 
-    The leaves are ``_W_K, _W_V, _b_K, _b_V`` with one entry per KV head; ``W_K`` and the others show
-    them repeated for every query head. Query head h reads KV head ``h // (n_heads / n_kv_heads)``.
+    The leaves are ``_W_K, _W_V, _b_K, _b_V`` with one entry per KV head; ``W_K`` and the others
+    show them repeated for every query head. Query head h reads KV head
+    ``h // (n_heads / n_kv_heads)``.
     """
 
     KEY_VALUE_NAMES = ("_W_K", "_W_V", "_b_K", "_b_V")
@@ -414,6 +425,13 @@ class GroupedQueryAttention(AbstractAttention):
     def __setattr__(self, name: str, value: Any) -> None:
         # TransformerLens lets W_K be assigned: it replaces the grouped leaf.
         super().__setattr__(f"_{name}" if f"_{name}" in self.KEY_VALUE_NAMES else name, value)
+
+
+def _storage_shape(leaf: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a head-split weight or bias as its product reads it."""
+    if leaf.ndim == 2:
+        return leaf.shape[0], leaf.shape[1]
+    return leaf.shape[0] * leaf.shape[2], leaf.shape[1]
 
 
 def _flat_norm(cfg: HookedTransformerConfig, length: int) -> RMSNorm:

@@ -14,7 +14,6 @@ from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
 from fastlens.hooks.point import HookPoint, is_live
 
-
 _NOT_YET = {
     "num_experts": "mixture-of-experts MLPs",
     "use_attention_sinks": "attention sinks (GPT-OSS)",
@@ -57,6 +56,17 @@ class TransformerBlock(nn.Module):
         "hook_resid_post": "batch pos d_model",
     }
 
+    hook_attn_in: HookPoint
+    hook_q_input: HookPoint
+    hook_k_input: HookPoint
+    hook_v_input: HookPoint
+    hook_mlp_in: HookPoint
+    hook_attn_out: HookPoint
+    hook_mlp_out: HookPoint
+    hook_resid_pre: HookPoint
+    hook_resid_mid: HookPoint
+    hook_resid_post: HookPoint
+
     def __init__(self, cfg: HookedTransformerConfig | dict[str, Any], block_index: int):
         super().__init__()
         self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
@@ -89,7 +99,7 @@ class TransformerBlock(nn.Module):
         """The residual stream after this block.
 
         Args:
-            shortformer_pos_embed: Positions added to queries and keys only (Press et al. 2012.15832).
+            shortformer_pos_embed: Positions for queries and keys only (Press et al. 2012.15832).
             past_kv_cache_entry: This layer's earlier keys and values.
             attention_mask: 0 for padding, over past and new tokens.
         """
@@ -132,7 +142,7 @@ class TransformerBlock(nn.Module):
     def _attention_inputs(
         self, resid_pre: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries, keys and values read: one tensor, normalised once, unless flags split it."""
+        """What queries, keys and values read: one tensor, normalised once, if no flag splits it."""
         cfg = self.cfg
         attn_in = resid_pre
         if cfg.use_attn_in:

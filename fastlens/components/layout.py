@@ -16,12 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def input_heads(storage: Float[Tensor, "out d_model"], n_heads: int) -> Float[Tensor, "h d_model d"]:
+def input_heads(
+    storage: Float[Tensor, "out d_model"], n_heads: int
+) -> Float[Tensor, "h d_model d"]:
     """``[head * d_head, d_model]`` storage as ``[head, d_model, d_head]`` (W_Q, W_K, W_V)."""
     return storage.view(n_heads, -1, storage.shape[1]).transpose(1, 2)
 
 
-def output_heads(storage: Float[Tensor, "d_model in"], n_heads: int) -> Float[Tensor, "h d d_model"]:
+def output_heads(
+    storage: Float[Tensor, "d_model in"], n_heads: int
+) -> Float[Tensor, "h d d_model"]:
     """``[d_model, head * d_head]`` storage as ``[head, d_head, d_model]`` (W_O)."""
     return storage.view(storage.shape[0], n_heads, -1).permute(1, 2, 0)
 
@@ -73,13 +77,15 @@ def neighbours(parts: Sequence[Tensor]) -> Tensor | None:
 def rejoin(parameters: Sequence[nn.Parameter], storage_shape: Sequence[tuple[int, ...]]) -> None:
     """Move parameters into one storage again, after ``.to()`` has scattered them.
 
-    ``storage_shape[i]`` is ``(rows, columns)`` of parameter i in ``[out, in]`` form. Parameters that
-    are not in our layout (replaced by hand) are left alone.
+    ``storage_shape[i]`` is ``(rows, columns)`` of parameter i in ``[out, in]`` form. Parameters
+    that are not in our layout (replaced by hand) are left alone.
     """
     first = parameters[0]
     if any(p.dtype != first.dtype or p.device != first.device for p in parameters):
         return
-    joint = side_by_side([s[0] for s in storage_shape], storage_shape[0][1], first.dtype, first.device)
+    joint = side_by_side(
+        [s[0] for s in storage_shape], storage_shape[0][1], first.dtype, first.device
+    )
     for parameter, part in zip(parameters, joint, strict=True):
         view = part.as_strided(parameter.shape, parameter.stride())
         view.copy_(parameter.detach())

@@ -14,6 +14,9 @@ class XIELU(nn.Module):
     ``a_p = softplus(alpha_p)`` and ``a_n = b + softplus(alpha_n)`` trained, as in Hugging Face.
     """
 
+    beta: Tensor
+    eps: Tensor
+
     def __init__(self, alpha_p: float = 0.8, alpha_n: float = 0.8, beta: float = 0.5):
         super().__init__()
         self.alpha_p = nn.Parameter(_inverse_softplus(alpha_p))

@@ -1,4 +1,4 @@
-"""`HookPoint`: the identity module at a named place, where a user's functions see the activation."""
+"""`HookPoint`: the identity module at a named place, where users' functions see activations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,7 +120,9 @@ class HookPoint(nn.Module):
     ) -> bool:
         """Whether any hook of that direction, permanence and level is here."""
         _check_direction(dir)
-        handles = (self.fwd_hooks if dir != "bwd" else []) + (self.bwd_hooks if dir != "fwd" else [])
+        handles = (self.fwd_hooks if dir != "bwd" else []) + (
+            self.bwd_hooks if dir != "fwd" else []
+        )
         return any(
             (including_permanent or not handle.is_permanent)
             and (level is None or handle.context_level == level)

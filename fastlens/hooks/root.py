@@ -130,7 +130,7 @@ class HookedRootModule(nn.Module):
         is_permanent: bool = False,
         prepend: bool = False,
     ) -> None:
-        """Called before ``add_hook`` puts a hook on; raise here to refuse it. Does nothing itself."""
+        """Called before ``add_hook`` puts a hook on; raise here to refuse it."""
 
     def remove_all_hook_fns(
         self,
@@ -270,7 +270,7 @@ class HookedRootModule(nn.Module):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Slice | SliceInput = None,
     ) -> tuple[dict[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
-        """The hooks that would fill a cache, not yet on the model: (cache, fwd_hooks, bwd_hooks)."""
+        """The hooks that would fill a cache, not put on yet: (cache, fwd_hooks, bwd_hooks)."""
         cache = {} if cache is None else cache
         self.is_caching = True
         spec = CaptureSpec(Slice.unwrap(pos_slice), device, remove_batch_dim)
@@ -316,7 +316,8 @@ class HookedRootModule(nn.Module):
             found = [hook_name for hook_name in self.hook_dict if name(hook_name)]
             if not found:
                 warnings.warn(
-                    f"the predicate {name!r} matches none of the {len(self.hook_dict)} hook points, "
+                    f"the predicate {name!r} matches none of the "
+                    f"{len(self.hook_dict)} hook points, "
                     f"so the hook will never run.",
                     stacklevel=4,
                 )

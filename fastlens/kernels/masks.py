@@ -12,8 +12,8 @@ class AttentionRule(NamedTuple):
 
     Scores are ``q . k / scale``, then ``soft_cap * tanh(score / soft_cap)`` if ``soft_cap > 0``,
     then ``slope * (key - query)`` per head if ALiBi slopes are given (Press et al. 2108.12409),
-    then minus infinity where a key is not visible: later than the query if ``causal``, or ``window``
-    or more positions before it.
+    then minus infinity where a key is not visible: later than the query if ``causal``, or
+    ``window`` or more positions before it.
     """
 
     scale: float

@@ -1,4 +1,4 @@
-"""The specification: every op in plain PyTorch, as its formula reads. Kernels are tested against it."""
+"""The specification: every op in plain PyTorch, as its formula reads."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,7 +37,7 @@ def rotary(
     sin: Float[Tensor, "#batch pos rotary_dim"],
     adjacent_pairs: bool,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotate the first ``rotary_dim`` channels: ``x * cos + turned(x) * sin`` (Su et al. 2104.09864)."""
+    """``x * cos + turned(x) * sin`` on the first ``rotary_dim`` channels (Su et al. 2104.09864)."""
     rotary_dim = cos.shape[-1]
     turning, passing = x[..., :rotary_dim], x[..., rotary_dim:]
     if adjacent_pairs:

@@ -1,4 +1,4 @@
-"""Attention over PyTorch's fused `scaled_dot_product_attention`: no query x key tensor of all heads."""
+"""Attention over PyTorch's fused `scaled_dot_product_attention`, in blocks of query rows."""
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def _rows(
     k, v = k[:, low:high], v[:, low:high]
     key_mask = None if key_mask is None else key_mask[:, low:high]
     if rule.soft_cap > 0:
-        # No fused CPU kernel caps scores; positions are relative, so shift them by the keys cut off.
+        # No fused CPU kernel caps scores. Positions are relative: shift by the keys cut off.
         return materialised(q, k, v, rule, first - low, key_mask)
     queries = torch.arange(first, first + q.shape[1], device=q.device)
     keys = torch.arange(low, high, device=q.device)

@@ -1,6 +1,6 @@
 """RMSNorm by a vector norm and one product; statistics of 16-bit inputs are taken in float32.
 
-PyTorch's own ``rms_norm`` is put together from smaller ops on CPU, and squares the whole input first.
+PyTorch's own ``rms_norm`` is put together from smaller ops on CPU and squares the whole input.
 """
 
 import torch

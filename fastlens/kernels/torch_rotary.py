@@ -19,7 +19,9 @@ def rotary(
         return by_formula(x, cos, sin, adjacent_pairs)
     half, d_head = cos.shape[-1] // 2, x.shape[-1]
     cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-    first, second, *passing = x.split([half, half, d_head - 2 * half][: 2 + (d_head > 2 * half)], -1)
+    first, second, *passing = x.split(
+        [half, half, d_head - 2 * half][: 2 + (d_head > 2 * half)], -1
+    )
     return torch.cat(
         [
             torch.addcmul(first * cos, second, sin, value=-1),

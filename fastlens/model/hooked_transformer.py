@@ -158,8 +158,8 @@ class HookedTransformer(
             loss_per_token: Loss per position ``[batch, pos - 1]`` instead of the mean.
             prepend_bos: Whether text gets a BOS token; by default ``cfg.default_prepend_bos``.
             padding_side: Side on which a list of texts is padded; by default the tokenizer's.
-            start_at_layer, stop_at_layer: Run ``blocks[start:stop]`` only, negative numbers from the
-                end. With ``stop_at_layer`` the residual stream there is returned.
+            start_at_layer, stop_at_layer: Run ``blocks[start:stop]`` only, negative numbers from
+                the end. With ``stop_at_layer`` the residual stream there is returned.
             tokens: With ``start_at_layer``, the tokens the loss is taken against.
             shortformer_pos_embed: With ``start_at_layer``, the positions of a shortformer model.
             attention_mask: 0 for padding. By default made for text and tokens when the tokenizer
@@ -398,7 +398,7 @@ class HookedTransformer(
         return restore
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Compute each head's output separately, for ``hook_result``: [batch, pos, head, d_model]."""
+        """Compute each head's output by itself, for ``hook_result``."""
         self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
@@ -415,13 +415,13 @@ class HookedTransformer(
         """Give every head its own copy of what it reads. Refused under grouped attention."""
         if self.cfg.n_key_value_heads is not None and use_attn_in:
             raise FlagError(
-                "hook_attn_in: keys and values of grouped heads are shared, so they cannot be split "
-                "per query head. Use set_use_split_qkv_input(True)."
+                "hook_attn_in: keys and values of grouped heads are shared, so they cannot be "
+                "split per query head. Use set_use_split_qkv_input(True)."
             )
         self.cfg.use_attn_in = use_attn_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Compute keys and values per query head, so that ``hook_k`` and ``hook_v`` show them all."""
+        """Compute keys and values per query head, so that ``hook_k``, ``hook_v`` show all."""
         self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
 
     # -- moving ------------------------------------------------------------------------------

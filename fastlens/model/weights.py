@@ -161,9 +161,7 @@ class WeightsMixin:
                 total = total + block.mlp.b_out
         return total + blocks[layer].attn.b_O if mlp_input else total
 
-    def all_composition_scores(
-        self, mode: str
-    ) -> Float[Tensor, "layer head layer head"]:
+    def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
         """How much each head's output feeds each later head (Elhage et al. 2021).
 
         ``|W_OV[1] W_x[2]| / (|W_OV[1]| |W_x[2]|)`` in Frobenius norms, x the QK (mode Q), its
@@ -175,7 +173,9 @@ class WeightsMixin:
         left, right = self.OV, rights[mode]()
         # Same norms as the factored matrices, but d_head x d_head a pair of heads.
         sender, receiver = left.collapse_l(), right.collapse_r()
-        product_norm = torch.stack([(s[:, None, None] @ receiver).norm(dim=(-2, -1)) for s in sender])
+        product_norm = torch.stack(
+            [(s[:, None, None] @ receiver).norm(dim=(-2, -1)) for s in sender]
+        )
         scores = product_norm / left.norm()[:, :, None, None] / right.norm()[None, None]
         layers = torch.arange(self.cfg.n_layers, device=scores.device)
         later = layers[:, None, None, None] < layers[None, None, :, None]

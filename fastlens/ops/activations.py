@@ -24,7 +24,7 @@ def gelu_fast(x: Tensor) -> Tensor:
 
 
 def solu(x: Tensor) -> Tensor:
-    """``x * softmax(x)`` over neurons (Elhage et al. 2022); ``solu_ln``'s LayerNorm is the MLP's."""
+    """``x * softmax(x)`` over neurons (Elhage et al. 2022); ``solu_ln``'s norm is the MLP's."""
     return x * torch.softmax(x, -1)
 
 

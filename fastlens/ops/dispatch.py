@@ -26,7 +26,7 @@ class Choice:
 
 @functools.cache
 def kernels() -> dict[str, list[Kernel]]:
-    """Every kernel by op, best first: each module ``torch_*``, ``triton_*``, ``cuda_*`` gives one."""
+    """Every kernel by op, best first: one a module ``torch_*``, ``triton_*`` or ``cuda_*``."""
     found: dict[str, list[Kernel]] = {}
     for info in pkgutil.iter_modules(fastlens.kernels.__path__):
         if info.name.startswith(("torch_", "triton_", "cuda_")):
@@ -37,14 +37,16 @@ def kernels() -> dict[str, list[Kernel]]:
 
 @functools.cache
 def kernel_for(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function that runs ``op`` there: the best kernel that does not refuse, else the reference."""
+    """The function that runs ``op`` there: the best kernel that does not refuse."""
     for kernel in _of(op):
         if kernel.refuses(torch.device(device_type), dtype) is None:
             return kernel.fn
     return getattr(reference, op)
 
 
-def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
+def explain(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Choice:
     """Which kernel serves ``op`` there and the sentence with which each other one refused."""
     refused = {}
     for kernel in _of(op):

@@ -53,10 +53,10 @@ def grid_of(
     """
     cfg = model.cfg
     names = [sites] if isinstance(sites, str) else list(sites)
-    if not names or len(set(names)) < len(names):
-        raise SweepError(f"sites={sites!r} is empty or names a site twice.")
     layers = chosen(restrictions["layer"], cfg.n_layers, "layers")
     found = [find_site(name, cfg, model.hook_dict, layers) for name in names]
+    if not found or len({site.name for site in found}) < len(found):
+        raise SweepError(f"sites={sites!r} is empty or names a site twice.")
     axes = [sweep_axes(site, by) for site in found]
     if len(set(axes)) > 1:
         raise SweepError(

@@ -51,6 +51,13 @@ class Metric:
     needs_clean: bool = False
     clean_log_probs: Float[Tensor, "batch d_vocab"] | None = None
 
+    @property
+    def label(self) -> str:
+        """The name with the answers, if there is one for all examples."""
+        if not self.answers or not all(isinstance(a, int | str) for a in self.answers):
+            return self.name
+        return f"{self.name} ({' vs '.join(map(repr, self.answers))})"
+
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         """The metric of each example, not normalised."""
         if not -logits.shape[1] <= self.position < logits.shape[1]:
@@ -201,17 +208,13 @@ class Reading:
             scalar or ``[batch]``.
         batch: Examples per run.
         position: The only position whose logits are needed, or None for all.
+        name: What to call the metric in titles and messages.
     """
 
     metric: Callable[[Any], Any]
     batch: int
     position: int | None
-
-    @property
-    def name(self) -> str:
-        """For titles: the metric's own name."""
-        named = getattr(self.metric, "name", None) or getattr(self.metric, "__name__", None)
-        return "metric" if named in (None, "<lambda>") else str(named)
+    name: str
 
     @property
     def unit(self) -> str:
@@ -277,7 +280,8 @@ def reading_of(metric: Any, model: PatchableModel, n_pos: int, batch: int) -> Re
             f"(logit_diff(' Paris', ' Rome')) or a function of the logits."
         )
     if not isinstance(metric, Metric):
-        return Reading(metric, batch, None)
+        named = getattr(metric, "name", None) or getattr(metric, "__name__", "<lambda>")
+        return Reading(metric, batch, None, "metric" if named == "<lambda>" else str(named))
     if not -n_pos <= metric.position < n_pos:
         raise SweepError(
             f"{metric.name} reads position {metric.position}, and the prompts have {n_pos} tokens."
@@ -290,4 +294,4 @@ def reading_of(metric: Any, model: PatchableModel, n_pos: int, batch: int) -> Re
                 f"{metric.name} has {answer.numel()} answers for {batch} examples. "
                 f"Give one for all, or one for each."
             )
-    return Reading(bound, batch, metric.position % n_pos)
+    return Reading(bound, batch, metric.position % n_pos, metric.label)

@@ -35,8 +35,9 @@ class Prompts:
 
     def base_and_source(self, direction: str) -> tuple[Tensor, Tensor]:
         """The tokens that are run, and those whose activations are put in."""
-        pair = self.corrupted, self.clean
-        return pair if direction == "denoising" else pair[::-1]
+        if direction == "denoising":
+            return self.corrupted, self.clean
+        return self.clean, self.corrupted
 
 
 def prompts_of(model: PatchableModel, clean: Any, corrupted: Any) -> Prompts:

@@ -77,8 +77,12 @@ ALIASES = {
     "pre_linear": "mlp_pre_linear",
     "mid": "mlp_mid",
     "post": "mlp_post",
-    "attn_pattern": "pattern",
+    "query": "q",
+    "key": "k",
+    "value": "v",
     "attn": "pattern",
+    "attn_pattern": "pattern",
+    "attn_logits": "attn_scores",
 }
 
 
@@ -152,5 +156,6 @@ def sweep_axes(site: Site, by: Sequence[str] | None) -> tuple[str, ...]:
 
 def n_heads(site: Site, cfg: Any) -> int:
     """Length of the site's head axis: KV heads for k and v under grouped attention."""
-    grouped = cfg.n_key_value_heads is not None and not cfg.ungroup_grouped_query_attention
-    return cfg.n_key_value_heads if site.is_per_kv_head and grouped else cfg.n_heads
+    if site.is_per_kv_head and not cfg.ungroup_grouped_query_attention:
+        return cfg.n_key_value_heads or cfg.n_heads
+    return cfg.n_heads

@@ -285,12 +285,13 @@ def _scores(
     rows = values.view(len(values), -1).T.reshape(-1, *grid.shape)
     keep = torch.float64 if any(v.dtype == torch.float64 for v in outcome.values) else torch.float32
     named = ", ".join(site.name for site in grid.sites)
+    whose = "" if model.cfg.model_name == "custom" else f"{model.cfg.model_name}: "
     return Scores(
         values=rows.mean(0).to(keep),
         axes=grid.axes,
         labels=grid.labels,
         unit=unit,
-        title=f"{direction} {named}: {reading.name}",
+        title=f"{whose}{direction} {named}, {reading.name}",
         per_example=rows.to(keep) if is_per_example else None,
         reference=reference,
         baselines={"clean": clean, "corrupted": corrupted},

@@ -108,7 +108,9 @@ def test_rejoin_brings_scattered_leaves_together():
         assert layout.neighbours(parts) is None
         before = [p.detach().clone() for p in module.parameters()]
         layout.rejoin(list(module.parameters()), [(4, 3), (2, 3)])
-        assert layout.neighbours([layout.from_input_heads(p) for p in module.parameters()]) is not None
+        assert (
+            layout.neighbours([layout.from_input_heads(p) for p in module.parameters()]) is not None
+        )
     for p, value in zip(module.parameters(), before, strict=True):
         assert torch.equal(p.detach(), value) and p.requires_grad
 

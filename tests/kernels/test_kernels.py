@@ -125,9 +125,7 @@ def test_rms_norm(kernel, dtype, d):
 @pytest.mark.parametrize("rotary_dim", [4, 8])
 def test_rotary(kernel, dtype, adjacent_pairs, rotary_dim):
     angles = torch.rand(2, 5, rotary_dim // 2, dtype=torch.float64) * 6
-    angles = (
-        angles.repeat_interleave(2, -1) if adjacent_pairs else torch.cat([angles, angles], -1)
-    )
+    angles = angles.repeat_interleave(2, -1) if adjacent_pairs else torch.cat([angles, angles], -1)
     x = torch.randn(2, 5, 3, 8).to(dtype)
     # cos and sin are tables, not leaves: given in the dtype of the run.
     judge(

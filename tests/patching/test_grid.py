@@ -88,6 +88,7 @@ def test_names_of_runs():
     [
         ({"sites": []}, "empty"),
         ({"sites": ["z", "z"]}, "names a site twice"),
+        ({"sites": ["mlp_post", "post"]}, "names a site twice"),
         ({"sites": ["resid_pre", "z"]}, "swept by different axes"),
         ({"sites": ["q", "k"], "name": "llama"}, "q and k have different heads"),
         ({"sites": "resid_pre", "head": 0}, "heads= was given, but resid_pre"),

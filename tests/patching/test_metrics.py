@@ -190,7 +190,10 @@ def test_names_and_units_of_any_metric():
     assert reading(my_metric).name == "my_metric"
     assert reading(lambda logits: logits.sum()).name == "metric"
     assert reading(my_metric).unit == ""
-    assert reading(answer_prob(0)).name == "answer probability"
+    assert reading(answer_prob(0)).name == "answer probability (0)"
+    assert reading(logit_diff(3, [0, 1])).name == "logit difference"
+    assert reading(kl_divergence()).name == "KL from clean"
+    assert logit_diff(" a", " b").label == "logit difference (' a' vs ' b')"
     assert not reading(my_metric).normalize
     assert reading(answer_prob(0, normalize=True)).normalize
 

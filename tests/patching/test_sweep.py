@@ -501,7 +501,7 @@ def test_a_users_scalar_metric():
     assert_close_to(scores.values, expected, atol=1e-12)
     assert scores.per_example is None
     assert scores.standard_error is None
-    assert scores.title == "denoising mlp_out: loss"
+    assert scores.title == "denoising mlp_out, loss"
 
 
 def test_a_metric_that_fails_names_the_run():
@@ -650,7 +650,7 @@ def test_text_end_to_end(tmp_path):
     assert loaded.meta["clean_tokens"] == model.to_tokens(clean).tolist()
     assert loaded.meta["direction"] == "denoising"
     assert loaded.certificate["runs"] == 1
-    assert loaded.title == "denoising resid_pre: logit difference"
+    assert loaded.title == "denoising resid_pre, logit difference (' cat' vs ' the')"
     scores.plot(tmp_path / "map.png")
     assert (tmp_path / "map.png").exists()
 
