@@ -13,6 +13,7 @@ from fastlens.components.layout import (
     from_output_heads,
     input_heads,
     linear,
+    neighbour_heads,
     neighbours,
     output_heads,
     rejoin,
@@ -175,9 +176,7 @@ class AbstractAttention(nn.Module):
             offset = past_kv_cache_entry.past_keys.size(1)
             k, v = past_kv_cache_entry.append(k, v)
         if self.cfg.positional_embedding_type == "rotary":
-            q = self.hook_rot_q(self.apply_rotary(q, offset, attention_mask))
-            # Keys are kept unrotated, so all of them are turned, from position 0.
-            k = self.hook_rot_k(self.apply_rotary(k, 0, attention_mask))
+            q, k = self._rotated(q, k, offset, attention_mask)
         added = [bias for bias in (position_bias, additive_attention_mask) if bias is not None]
         if self._is_fused() and not added:
             key_mask = None if attention_mask is None else attention_mask.bool()
@@ -207,10 +206,12 @@ class AbstractAttention(nn.Module):
         """Whether nobody looks at scores or pattern, and their steps are our own."""
         if is_live(self.hook_attn_scores) or is_live(self.hook_pattern):
             return False
-        cls = type(self)
-        return all(
-            getattr(cls, name) is getattr(AbstractAttention, name) and name not in self.__dict__
-            for name in _ATTEND_METHODS
+        cls, own = type(self), AbstractAttention
+        return (
+            cls.calculate_attention_scores is own.calculate_attention_scores
+            and cls.calculate_z_scores is own.calculate_z_scores
+            and cls.apply_causal_mask is own.apply_causal_mask
+            and self.__dict__.keys().isdisjoint(_ATTEND_METHODS)
         )
 
     def calculate_qkv_matrices(
@@ -316,6 +317,21 @@ class AbstractAttention(nn.Module):
 
     def _tables(self, n_ctx: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return rotary_tables(self.cfg, n_ctx, dtype, is_local=self.attn_type == "local")
+
+    def _rotated(
+        self, q: Tensor, k: Tensor, offset: int, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by their positions, after their hooks."""
+        both = None
+        if offset == 0 and not (is_live(self.hook_rot_q) or is_live(self.hook_rot_k)):
+            both = neighbour_heads(q, k)
+        ours = type(self).apply_rotary is AbstractAttention.apply_rotary
+        if both is not None and ours and "apply_rotary" not in self.__dict__:
+            q, k = self.apply_rotary(both, 0, attention_mask).split([q.shape[2], k.shape[2]], 2)
+            return q, k
+        q = self.hook_rot_q(self.apply_rotary(q, offset, attention_mask))
+        # Keys are kept unrotated, so all of them are turned, from position 0.
+        return q, self.hook_rot_k(self.apply_rotary(k, 0, attention_mask))
 
     def apply_rotary(
         self,

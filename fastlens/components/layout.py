@@ -74,6 +74,28 @@ def neighbours(parts: Sequence[Tensor]) -> Tensor | None:
         return None
 
 
+def neighbour_heads(
+    first: Float[Tensor, "batch pos h d"], second: Float[Tensor, "batch pos g d"]
+) -> Float[Tensor, "batch pos h_and_g d"] | None:
+    """One view over two stacks of heads that came from one product; None if they did not.
+
+    None too while gradients are recorded or a compiler traces, as for `neighbours`.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    batch, pos, heads, d_head = first.shape
+    gap = heads * first.stride(2) * first.element_size()
+    if (
+        second.data_ptr() != first.data_ptr() + gap
+        or second.stride() != first.stride()
+        or second.dtype != first.dtype
+        or second.shape[:2] != first.shape[:2]
+        or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    ):
+        return None
+    return first.as_strided((batch, pos, heads + second.shape[2], d_head), first.stride())
+
+
 def rejoin(parameters: Sequence[nn.Parameter], storage_shape: Sequence[tuple[int, ...]]) -> None:
     """Move parameters into one storage again, after ``.to()`` has scattered them.
 
@@ -97,7 +119,7 @@ def linear(
     weight: Float[Tensor, "out in"],
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "... out"]:
-    """``x @ weight.T + bias``; an input of another dtype or device is taken to the weight's."""
-    if x.dtype != weight.dtype or x.device != weight.device:
-        x = x.to(device=weight.device, dtype=weight.dtype)
+    """``x @ weight.T + bias``; an input of another dtype is taken to the weight's."""
+    if x.dtype != weight.dtype:
+        x = x.to(weight.dtype)
     return F.linear(x, weight, bias)

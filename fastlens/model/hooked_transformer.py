@@ -83,7 +83,7 @@ class HookedTransformer(
 
     def __init__(
         self,
-        cfg: HookedTransformerConfig | dict[str, Any],
+        cfg: HookedTransformerConfig | dict[str, Any] | str,
         tokenizer: Any = None,
         move_to_device: bool = True,
         default_padding_side: Literal["left", "right"] | None = None,

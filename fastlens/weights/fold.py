@@ -82,9 +82,11 @@ def possible_flags(cfg: HookedTransformerConfig, **flags: bool) -> dict[str, boo
 class _Group:
     """One group's tensors by name within the group; float32 or float64 once touched."""
 
-    def __init__(self, name: str, tensors: dict[str, Tensor]):
+    def __init__(self, name: str, tensors: dict[str, Tensor], may_write: bool = False):
         self.name = name
-        self.tensors = tensors
+        self.tensors = tensors if may_write else dict(tensors)
+        # Keys of tensors that nobody else holds.
+        self.owned = set(tensors) if may_write else set()
         self.prefix = name + "." if name.startswith("blocks.") else ""
         self.stored_as: dict[str, torch.dtype] = {}
 
@@ -97,6 +99,15 @@ class _Group:
         self.stored_as.setdefault(key, tensor.dtype)
         if tensor.dtype not in (torch.float32, torch.float64):
             tensor = self.tensors[key] = tensor.float()
+            self.owned.add(key)
+        return tensor
+
+    def writable(self, name: str) -> Tensor:
+        """A tensor that may be changed in place: a copy of it the first time, if need be."""
+        tensor, key = self[name], self.prefix + name
+        if key not in self.owned:
+            tensor = self.tensors[key] = tensor.clone()
+            self.owned.add(key)
         return tensor
 
     def put(self, name: str, value: Tensor, like: str) -> None:
@@ -104,6 +115,7 @@ class _Group:
         key = self.prefix + name
         self.stored_as.setdefault(key, self.stored_as[self.prefix + like])
         self.tensors[key] = value
+        self.owned.add(key)
 
     def bias(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A bias, zero where the model has none."""
@@ -130,15 +142,15 @@ def _read_past(
 
     ``centre`` removes the direction of ones from the input side, which the norm's output lacks.
     """
-    w = group[weight]
     if bias is not None and fold_bias and f"{norm}.b" in group:
+        w = group[weight]
         shift = (w * group[f"{norm}.b"][:, None]).sum(-2)
         group.put(bias, group.bias(bias, tuple(shift.shape), w) + shift, like=weight)
     if f"{norm}.w" in group:
-        w = w * group[f"{norm}.w"][:, None]
+        group.writable(weight).mul_(group[f"{norm}.w"][:, None])
     if centre:
-        w = w - w.mean(-2, keepdim=True)
-    group.put(weight, w, like=weight)
+        w = group.writable(weight)
+        w.sub_(w.mean(-2, keepdim=True))
 
 
 def _make_identity(group: _Group, norm: str, fold_bias: bool) -> None:
@@ -184,7 +196,7 @@ def _fold_into_experts(group: _Group, num_experts: int, norm: str) -> None:
         for weight in ("W_in", "W_gate")
     ]
     for reader in ["mlp.W_gate.weight", *readers]:
-        group.put(reader, group[reader] * group[f"{norm}.w"], like=reader)
+        group.writable(reader).mul_(group[f"{norm}.w"])
 
 
 def _centre_writers(group: _Group, cfg: HookedTransformerConfig) -> None:
@@ -202,8 +214,8 @@ def _centre_writers(group: _Group, cfg: HookedTransformerConfig) -> None:
 
 
 def _centre_rows(group: _Group, name: str) -> None:
-    tensor = group[name]
-    group.put(name, tensor - tensor.mean(-1, keepdim=True), like=name)
+    tensor = group.writable(name)
+    tensor.sub_(tensor.mean(-1, keepdim=True))
 
 
 def _centre_unembed(group: _Group, cfg: HookedTransformerConfig) -> None:
@@ -267,6 +279,7 @@ def _check_refactor(cfg: HookedTransformerConfig) -> None:
         )
 
 
+@torch.no_grad()
 def process_group(
     group_name: str,
     tensors: dict[str, Tensor],
@@ -292,15 +305,15 @@ def process_group(
         fold_value_biases: ``b_O += b_V @ W_O``, ``b_V = 0``.
         refactor_factored_attn_matrices: Singular factors for QK and OV (experimental in
             TransformerLens; not for rotary positions or grouped heads).
-        consume: Replace entries of ``tensors`` itself, so that only one matrix is ever held twice.
-            The tensors are never written to.
+        consume: Change ``tensors`` and the tensors in it instead of copies, which saves the memory
+            of a second group. Only for tensors that nobody else holds.
 
     Returns: the group, with norms at one and zero where they were folded. Flags that would change
     the model are not caught here; see `possible_flags`.
 
     Numerics: float64 stays float64; other dtypes are processed in float32 and cast back.
     """
-    group = _Group(group_name, tensors if consume else dict(tensors))
+    group = _Group(group_name, tensors, may_write=consume)
     if fold_ln:
         layer_norm = cfg.normalization_type in ("LN", "LNPre")
         _fold_norms(group, cfg, fold_bias=layer_norm, centre=layer_norm)
@@ -346,6 +359,7 @@ def process_state_dict(
     )
 
 
+@torch.no_grad()
 def _step(
     state_dict: dict[str, Any],
     step: Callable[..., None],
@@ -354,7 +368,7 @@ def _step(
 ) -> dict[str, Any]:
     groups = []
     for name, tensors in split_groups(state_dict):
-        group = _Group(name, dict(tensors))
+        group = _Group(name, tensors)
         step(group, cfg, **options)
         groups.append(group.finish())
     return _in_order_of(state_dict, groups)

@@ -52,7 +52,7 @@ def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> 
     filled: set[str] = set()
     for name, group in source.groups(cfg, dtype):
         if processed:
-            group = process_group(name, group, cfg, consume=True, **flags)
+            group = process_group(name, group, cfg, consume=source.gives_copies, **flags)
         filled |= store(parameters, group)
         del group
     fill_rest(parameters, filled)
@@ -150,7 +150,8 @@ def load_state_dict(
     state_dict.clear()
     while groups:
         name, group = groups.pop(0)
-        processed = process_group(name, group, cfg, consume=True, **flags)
+        processed = process_group(name, group, cfg, **flags)
+        del group
         # A legacy square mask has no place any more.
         same = {k: v for k, v in processed.items() if k not in places or places[k].shape == v.shape}
         processed.clear()

@@ -35,6 +35,11 @@ class Source(Protocol):
         ...
 
     @property
+    def gives_copies(self) -> bool:
+        """Whether the tensors of `groups` belong to nobody else and may be written to."""
+        ...
+
+    @property
     def unchecked_shapes(self) -> dict[str, Shape] | None:
         """Parameter shapes where they have not been checked against the config yet, else None."""
         ...
@@ -108,6 +113,7 @@ class CheckpointSource:
         self.family = family
         self.model_name = model_name
         self._reader = reader
+        self.gives_copies = not isinstance(reader, LiveReader)
         self._tokenizer = tokenizer
         self._fields = {
             **family.config_fields(config),
@@ -151,6 +157,7 @@ class NativeSource:
     """A folder that ``save_pretrained`` wrote."""
 
     family: Family | None = None
+    gives_copies = True
 
     def __init__(self, folder: Path, model_name: str, trust_remote_code: bool = False):
         self.model_name = model_name

@@ -162,14 +162,24 @@ def test_the_input_is_not_touched():
     assert all(torch.equal(state[key], copies[key]) for key in state)
 
 
-def test_consuming_replaces_entries_but_writes_to_no_tensor():
-    cfg = HookedTransformerConfig(**tiny("gpt2"))
-    group = dict(fold.split_groups(random_state(cfg)))["blocks.1"]
-    before = {key: (tensor, tensor.clone()) for key, tensor in group.items()}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_consuming_gives_the_same_in_the_same_memory(dtype):
+    cfg = HookedTransformerConfig(**tiny("gpt2", dtype=dtype))
+    group = dict(fold.split_groups(random_state(cfg, dtype)))["blocks.1"]
+    want = fold.process_group("blocks.1", group, cfg)
+    memory = {key: tensor.data_ptr() for key, tensor in group.items()}
     out = fold.process_group("blocks.1", group, cfg, consume=True)
-    assert out is group
-    assert not torch.equal(out["blocks.1.attn.W_Q"], before["blocks.1.attn.W_Q"][1])
-    assert all(torch.equal(tensor, copy) for tensor, copy in before.values())
+    assert out is group and all(torch.equal(out[key], want[key]) for key in want)
+    if dtype != torch.bfloat16:
+        kept = {key for key in memory if out[key].data_ptr() == memory[key]}
+        assert {f"blocks.1.{name}" for name in ("attn.W_Q", "mlp.W_in", "mlp.W_out")} <= kept
+
+
+def test_gradients_are_not_recorded():
+    cfg = HookedTransformerConfig(**tiny("gpt2"))
+    state = {key: torch.nn.Parameter(tensor) for key, tensor in random_state(cfg).items()}
+    out = fold.process_state_dict(state, cfg, **ALL)
+    assert not out["blocks.0.attn.W_Q"].requires_grad
 
 
 def test_a_group_needs_no_other_group():
