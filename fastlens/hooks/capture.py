@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +47,10 @@ def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Tensor:
 
 def capture_hook(cache: dict[str, Tensor], key: str, spec: CaptureSpec) -> Callable[..., Any]:
     """A hook that puts ``capture(activation)`` into ``cache[key]``."""
+    return partial(_save, cache, key, spec)
 
-    def save(activation: Tensor, hook: HookPoint) -> None:
-        cache[key] = capture(activation, hook, spec)
 
-    return save
+def _save(
+    cache: dict[str, Tensor], key: str, spec: CaptureSpec, activation: Tensor, hook: HookPoint
+) -> None:
+    cache[key] = capture(activation, hook, spec)

@@ -25,6 +25,28 @@ class LensHandle:
     user_hook: HookFunction | None = None
 
 
+class _Forward:
+    """A user's hook in torch's form for forward hooks. A class, so that models pickle and copy."""
+
+    def __init__(self, hook: HookFunction, point: "HookPoint"):
+        self.hook = hook
+        self.point = point
+        # repr of a partial prints its arguments, which for a caching hook are whole activations.
+        is_partial = isinstance(hook, partial)
+        self.__name__ = f"partial({hook.func!r}, ...)" if is_partial else repr(hook)
+
+    def __call__(self, module: Any, inputs: Any, output: Any) -> Any:
+        return self.hook(output, hook=self.point)
+
+
+class _Backward(_Forward):
+    """A user's hook in torch's form for full backward hooks."""
+
+    def __call__(self, module: Any, grad_input: Any, grad_output: Any) -> Any:
+        result = self.hook(grad_output[0], hook=self.point)
+        return (result,) if isinstance(result, Tensor) else result
+
+
 class HookPoint(nn.Module):
     """An identity module. Hooks on it read or replace the activation that passes.
 
@@ -76,21 +98,10 @@ class HookPoint(nn.Module):
             prepend: Run before the hooks already there.
         """
         if dir == "fwd":
-
-            def forward_hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-                return hook(output, hook=self)
-
-            _name_after(forward_hook, hook)
-            handle = self.register_forward_hook(forward_hook, prepend=prepend)
+            handle = self.register_forward_hook(_Forward(hook, self), prepend=prepend)
         elif dir == "bwd":
-
-            def backward_hook(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
-                result = hook(grad_output[0], hook=self)
-                return (result,) if isinstance(result, Tensor) else result
-
-            _name_after(backward_hook, hook)
             # On an identity the gradients of input and output are one and the same.
-            handle = self.register_full_backward_hook(backward_hook, prepend=prepend)
+            handle = self.register_full_backward_hook(_Backward(hook, self), prepend=prepend)
         else:
             raise ValueError(f"dir={dir!r} is not a direction. Give 'fwd' or 'bwd'.")
         handles = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
@@ -191,11 +202,6 @@ def is_live(point: nn.Module) -> bool:
 def _check_direction(dir: str) -> None:
     if dir not in ("fwd", "bwd", "both"):
         raise ValueError(f"dir={dir!r} is not a direction. Give 'fwd', 'bwd' or 'both'.")
-
-
-def _name_after(wrapper: Any, hook: HookFunction) -> None:
-    # repr of a partial prints its arguments, which for a caching hook are whole activations.
-    wrapper.__name__ = f"partial({hook.func!r}, ...)" if isinstance(hook, partial) else repr(hook)
 
 
 def _without(

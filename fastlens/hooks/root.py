@@ -185,7 +185,7 @@ class HookedRootModule(nn.Module):
         placed = [(self._points_named(name), fn, direction) for name, fn, direction in every]
         self.context_level += 1
         level = self.context_level
-        restore: Callable[[], None] = lambda: None  # noqa: E731
+        restore: Callable[[], Any] = dict  # nothing to restore yet
         try:
             restore = self._switch_on([name for name, _, _ in every if isinstance(name, str)])
             for names, fn, direction in placed:
@@ -307,9 +307,9 @@ class HookedRootModule(nn.Module):
         """Whether a config flag keeps the place ``name`` from firing."""
         return False
 
-    def _switch_on(self, names: list[str]) -> Callable[[], None]:
+    def _switch_on(self, names: list[str]) -> Callable[[], Any]:
         """Turn on the flags these places need; returns a function that puts the old values back."""
-        return lambda: None
+        return dict  # a call that does nothing
 
     def _points_named(self, name: HookName) -> list[str]:
         if callable(name):

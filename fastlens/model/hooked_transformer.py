@@ -1,6 +1,7 @@
 """`HookedTransformer`: TransformerLens 3's class, running fused wherever nobody looks."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -381,14 +382,11 @@ class HookedTransformer(
                 f"run_with_hooks, hooks() or run_with_cache, which switch it on for that run."
             )
 
-    def _switch_on(self, names: list[str]) -> Callable[[], None]:
+    def _switch_on(self, names: list[str]) -> Callable[[], Any]:
         flags = {self.required_flag(name) for name in names if self.is_switched_off(name)}
         before = {flag: getattr(self.cfg, flag) for flag in flags if flag is not None}
 
-        def restore() -> None:
-            for flag, value in before.items():
-                setattr(self.cfg, flag, value)
-
+        restore = partial(vars(self.cfg).update, before)
         try:
             for flag in before:
                 getattr(self, f"set_{flag}")(True)

@@ -118,3 +118,15 @@ def test_repr_of_a_hook_with_a_large_partial_is_short():
     point.add_hook(partial(lambda x, hook, big: None, big=torch.zeros(1000, 1000)))
     (hook,) = point._forward_hooks.values()
     assert len(hook.__name__) < 300
+
+
+def test_a_hooked_point_copies_and_pickles_with_its_own_hook():
+    import copy
+    import pickle
+
+    point = HookPoint("batch d_model")
+    point.add_hook(double)
+    for other in (copy.deepcopy(point), pickle.loads(pickle.dumps(point))):
+        (wrapper,) = other._forward_hooks.values()
+        assert wrapper.point is other
+        assert torch.equal(other(torch.ones(1, 1)), torch.full((1, 1), 2.0))
