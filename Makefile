@@ -53,7 +53,7 @@ format: $(VENV)/dev.stamp  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format .
 
 bench: $(VENV)/dev.stamp  ## run every benchmark (minutes; needs a quiet machine)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/forward.py --write
 
 clean:  ## remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -20,6 +20,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import checking
+
+# Before fastlens is imported: its modules are decorated while they load.
+checking.install()
+
 torch.set_num_threads(1)
 
 # The same examples in every run, and no verdict that depends on how busy the machine is.

@@ -36,10 +36,10 @@ CONFIG = {
     "attn_only": True, "act_fn": None, "model_name": NAME, "device": "cpu",
 }  # fmt: skip
 
-STEPS = 1000
-LEARNING_RATE, WARM_UP_STEPS = 1e-2, 50
-# Of the sinusoids that learned positions start from; token embeddings start at 0.1.
-POSITION_SCALE = 0.8
+STEPS = 900
+LEARNING_RATE, WARM_UP_STEPS = 8e-3, 50
+# Where embeddings start: with small ones no induction head appears in the time there is.
+TOKEN_SCALE, POSITION_SCALE = 0.6, 0.8
 # Nothing foretells the first round of a repeated sequence: it counts little in the loss.
 FIRST_ROUND_WEIGHT = 0.2
 HELD_OUT_CHARACTERS = 20_000
@@ -54,12 +54,18 @@ class Stage:
 
     share: float
     length: int
-    rows: int
-    repeated_rows: int
+    random_rows: int
+    copied_rows: int
+    text_rows: int
+    shortest_period: int
 
 
-# Short sequences first: with fewer places to look at, heads find the previous token sooner.
-STAGES = (Stage(0.5, 48, 48, 36), Stage(0.5, 128, 16, 8))
+# Short sequences first: with fewer places to look at, heads find the previous token sooner. But no
+# short periods then: any token seen before is a good guess there, and models would stay with it.
+STAGES = (
+    Stage(0.4, length=48, random_rows=36, copied_rows=0, text_rows=12, shortest_period=8),
+    Stage(0.6, length=128, random_rows=7, copied_rows=2, text_rows=7, shortest_period=2),
+)
 
 
 @dataclass(frozen=True)
@@ -150,28 +156,34 @@ def text_rows(
     return with_bos(text[starts + torch.arange(length - 1)])
 
 
-def repeated_rows(
-    rows: int, length: int, generator: torch.Generator
-) -> tuple[Int[Tensor, "row pos"], Float[Tensor, "row predicted"]]:
-    """BOS and random tokens that start over after a period of their own, with loss weights.
+def random_rows(rows: int, length: int, generator: torch.Generator) -> Int[Tensor, "row pos"]:
+    """BOS and random tokens."""
+    shape = (rows, length - 1)
+    return with_bos(torch.randint(BOS + 1, D_VOCAB, shape, generator=generator))
 
-    Short periods are left out: there, guessing any token seen before is nearly as good as
-    induction, and models stay with it.
-    """
-    periods = torch.randint(length // 4, length * 3 // 5, (rows, 1), generator=generator)
-    tokens = torch.randint(BOS + 1, D_VOCAB, (rows, length), generator=generator)
+
+def repeated(
+    tokens: Int[Tensor, "row pos"], shortest: int, generator: torch.Generator
+) -> tuple[Int[Tensor, "row pos"], Float[Tensor, "row predicted"]]:
+    """Each row starting over, BOS apart, after a period of its own; and loss weights."""
+    rows, length = tokens.shape
+    # Evenly on a logarithmic scale, but for the root, which makes long periods more common.
+    share = torch.rand(rows, 1, generator=generator).sqrt()
+    periods = (shortest * (0.6 * length / shortest) ** share).long()
     places = torch.arange(length - 1)
     weights = torch.where(places < periods, FIRST_ROUND_WEIGHT, 1.0)
-    return with_bos(tokens.gather(1, places % periods)), weights
+    return with_bos(tokens[:, 1:].gather(1, places % periods)), weights
 
 
 def batch_of(
     stage: Stage, text: Int[Tensor, " text"], generator: torch.Generator
 ) -> tuple[Int[Tensor, "row pos"], Float[Tensor, "row predicted"]]:
     """Tokens and loss weights of one training step."""
-    repeated, weights = repeated_rows(stage.repeated_rows, stage.length, generator)
-    plain = text_rows(text, stage.rows - stage.repeated_rows, stage.length, generator)
-    return torch.cat([repeated, plain]), torch.cat([weights, torch.ones(plain[:, 1:].shape)])
+    copied = text_rows(text, stage.copied_rows, stage.length, generator)
+    fresh = torch.cat([random_rows(stage.random_rows, stage.length, generator), copied])
+    tokens, weights = repeated(fresh, stage.shortest_period, generator)
+    plain = text_rows(text, stage.text_rows, stage.length, generator)
+    return torch.cat([tokens, plain]), torch.cat([weights, torch.ones(plain[:, 1:].shape)])
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -191,6 +203,7 @@ def new_model(seed: int) -> HookedTransformer:
     """
     model = HookedTransformer({**CONFIG, "seed": seed})
     with torch.no_grad():
+        model.W_E.normal_(std=TOKEN_SCALE)
         model.W_pos.copy_(POSITION_SCALE * sinusoids(model.cfg.n_ctx, model.cfg.d_model))
     return model
 
@@ -247,9 +260,8 @@ def train(
             progress = max(step / steps, (time.monotonic() - started) / seconds)
             if progress >= 1:
                 break
-            cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
-            warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm_up * cosine
+            warm_up, decay = (step + 1) / WARM_UP_STEPS, 2 * (1 - progress)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, warm_up, decay)
             tokens, weights = batch_of(stage_at(progress), text, generator)
             positions = random_positions(*tokens.shape, model.cfg.n_ctx, generator)
             loss = (losses_at(model, tokens, positions) * weights).sum() / weights.sum()
@@ -272,8 +284,8 @@ def quality_of(model: HookedTransformer, held_out: Int[Tensor, " text"]) -> Qual
     """
     generator = torch.Generator().manual_seed(1234)
     period = min(EVALUATED_PERIOD, (model.cfg.n_ctx - 1) // 2)
-    once = torch.randint(BOS + 1, D_VOCAB, (EVALUATED_ROWS, period), generator=generator)
-    tokens = with_bos(once.repeat(1, 2))
+    once = random_rows(EVALUATED_ROWS, period + 1, generator)
+    tokens = torch.cat([once, once[:, 1:]], dim=1)
     logits, cache = model.run_with_cache(tokens, names_filter=lambda name: "pattern" in name)
     losses = model.loss_fn(logits, tokens, per_token=True)
     induction, previous = [], []

@@ -49,9 +49,9 @@ def heads(
 ) -> None:
     """Find induction, previous-token and duplicate-token heads.
 
-    Every head is scored by where it looks on random tokens that are repeated once. A score is the mean attention that goes to the token after the previous occurrence
-    (induction), to the token before (previous_token), or to the previous occurrence
-    (duplicate_token): 0 to 1.
+    Every head is scored by where it looks on random tokens that are repeated once: the mean
+    attention, 0 to 1, that goes to the token after the previous occurrence (induction), to the
+    token before (previous_token), or to the previous occurrence (duplicate_token).
     """
     from fastlens.analysis.head_scores import head_scores
     from fastlens.errors import did_you_mean

@@ -173,6 +173,7 @@ class HookPoint(nn.Module):
         return index + ndim - len(names) if after_gap else index
 
     def extra_repr(self) -> str:
+        """Axes and how many hooks are on."""
         parts = [repr(self.axes)] if self.axes else []
         parts += [f"{len(self.fwd_hooks)} fwd"] if self.fwd_hooks else []
         parts += [f"{len(self.bwd_hooks)} bwd"] if self.bwd_hooks else []
