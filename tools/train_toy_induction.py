@@ -11,6 +11,7 @@ time: an induction circuit (Olsson et al. 2022, arXiv 2209.11895). About half a 
 import argparse
 import importlib.resources
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -139,6 +140,8 @@ def corpus() -> Int[Tensor, " pos"]:
 
     plain_quotes = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")
     text = "\n\n".join(topics[name] for name in sorted(topics)).translate(plain_quotes)
+    # Rules and the padding of tables teach nothing: one space or mark stands for a run of it.
+    text = re.sub(r"([^\w\n])\1+", r"\1", text)
     ids = {character: index for index, character in enumerate(CHARACTERS, start=len(SPECIAL))}
     return torch.tensor([ids[character] for character in text if character in ids])
 
