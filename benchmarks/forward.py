@@ -262,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="per length and grad mode")
+    parser.add_argument("--rounds", type=int, default=7, help="at least (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.readme:
         README.write_text(
@@ -271,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     if arguments.smoke and arguments.write:
         parser.error("--smoke measures nothing worth writing")
     torch.set_num_threads(arguments.threads)
-    shapes, lengths, options = SHAPES, TOKENS, {"seconds": arguments.seconds}
+    shapes, lengths = SHAPES, TOKENS
+    options = {"seconds": arguments.seconds, "min_rounds": arguments.rounds}
     if arguments.smoke:
         shapes, lengths, options = TINY, (5, 16), {"seconds": 0.0, "min_rounds": 2, "warm_ups": 1}
     record = {"machine": machine(arguments.device), "rows": []}

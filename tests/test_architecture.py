@@ -218,18 +218,22 @@ def test_the_version_is_the_same_everywhere():
     assert f"## {fastlens.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-# Prints the CPU seconds that an import statement took, and what is loaded then.
+# One interpreter imports torch, then fastlens: the same noise is in both times. Prints the CPU
+# seconds of each and the packages that only the second one loaded.
 PROBE = """
 import json, sys, time
 start = time.process_time()
+import torch
+middle, before = time.process_time(), set(sys.modules)
 {statement}
-seconds = time.process_time() - start
-print(json.dumps([seconds, sorted(name for name in sys.modules if "." not in name)]))
+end = time.process_time()
+loaded = sorted({{name.partition(".")[0] for name in set(sys.modules) - before}})
+print(json.dumps([middle - start, end - middle, loaded]))
 """
 
 
 def probe(statement: str) -> tuple[float, set[str]]:
-    """Cost of an import statement in a fresh interpreter, and the packages loaded by it."""
+    """Cost of an import as a multiple of torch's, and the packages it adds to torch's."""
     result = subprocess.run(
         [sys.executable, "-c", PROBE.format(statement=statement)],
         capture_output=True,
@@ -237,27 +241,23 @@ def probe(statement: str) -> tuple[float, set[str]]:
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    seconds, modules = json.loads(result.stdout.splitlines()[-1])
-    return seconds, set(modules)
+    torch_seconds, more_seconds, modules = json.loads(result.stdout.splitlines()[-1])
+    return 1 + more_seconds / torch_seconds, set(modules)
 
 
 @pytest.mark.parametrize("statement", ["import fastlens", "from fastlens import *"])
 def test_importing_fastlens_is_light(statement):
-    """No heavy package is loaded, and the cost is that of torch (minimum of several runs).
+    """No heavy package is loaded, and the cost is that of torch (least of up to five runs).
 
     `import fastlens` loads its parts at first use, so every public name is asked for as well.
     """
-    cost: dict[str, float] = {}
-    loaded: dict[str, set[str]] = {}
-    for _ in range(12):  # stops at the first that is within: a busy machine only adds
-        for each in ("import torch", statement):
-            seconds, loaded[each] = probe(each)
-            cost[each] = min(seconds, cost.get(each, seconds))
-        if cost[statement] <= IMPORT_COST * cost["import torch"]:
-            break
-    assert not (loaded[statement] - loaded["import torch"]) & LAZY_PACKAGES
-    ratio = cost[statement] / cost["import torch"]
-    assert ratio <= IMPORT_COST, f"{statement} costs {ratio:.2f} x import torch"
+    ratios = []
+    while len(ratios) < 5 and (not ratios or min(ratios) > IMPORT_COST):
+        ratio, loaded = probe(statement)
+        ratios.append(ratio)
+        assert "fastlens" in loaded
+        assert not loaded & LAZY_PACKAGES
+    assert min(ratios) <= IMPORT_COST, f"{statement} costs {min(ratios):.2f} x import torch"
 
 
 def tracked_files() -> list[Path]:

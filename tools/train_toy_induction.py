@@ -65,7 +65,7 @@ class Stage:
 # short periods then: any token seen before is a good guess there, and models would stay with it.
 STAGES = (
     Stage(0.4, length=48, random_rows=36, copied_rows=0, text_rows=12, shortest_period=8),
-    Stage(0.6, length=128, random_rows=7, copied_rows=2, text_rows=7, shortest_period=2),
+    Stage(0.6, length=128, random_rows=6, copied_rows=4, text_rows=6, shortest_period=2),
 )
 
 
