@@ -60,6 +60,11 @@ class SweepError(FastlensError, ValueError):
     """A patching sweep cannot run as asked."""
 
 
+class PatchIndexError(SweepError, AssertionError, IndexError, KeyError):
+    """An index of TransformerLens' patching functions: out of range, of the wrong length, or along
+    axes that are not known. TransformerLens raises any of the four for this."""
+
+
 class MissingDependencyError(FastlensError, ImportError):
     """An optional package is needed for what was asked."""
 

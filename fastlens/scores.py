@@ -4,14 +4,11 @@ What every sweep and analysis returns. Drawing lives in `fastlens.plotting`, rea
 `Scores.plot` is called, so that this module stays at the bottom.
 """
 
-import contextlib
-import hashlib
+import base64
 import html
 import importlib
 import importlib.metadata
-import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -22,22 +19,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
+from fastlens.bootstrap import mean_interval
 from fastlens.errors import MissingDependencyError, ShapeError, SourceError, did_you_mean
+from fastlens.scores_files import JSON_NAME as JSON_NAME
+from fastlens.scores_files import TENSORS_NAME as TENSORS_NAME
+from fastlens.scores_files import read_record, write_record
+from fastlens.scores_files import writable_folder as writable_folder
+from fastlens.scores_files import write_whole as write_whole
+from fastlens.scores_text import cell_name, html_table, short, text_table
+from fastlens.scores_text import visible as visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-FORMAT = "fastlens.scores"
-FORMAT_VERSION = 1
-JSON_NAME = "scores.json"
-TENSORS_NAME = "scores.safetensors"
 Selector: TypeAlias = int | str | slice
+# What each metric of several has of its own, in `Scores.by_metric`.
+METRIC_FIELDS = ("unit", "title", "reference", "baselines", "certificate")
+# Cells of scores that a notebook shows as a picture without being asked.
+PICTURE_CELLS = 20_000
+STRONGEST = 5
 
 
 class Cell(NamedTuple):
@@ -76,8 +79,12 @@ class Scores:
         certificate: How far some of the runs were from a plain re-run, and the tolerance.
         meta: Anything else worth keeping, as JSON can hold it.
         versions: Of fastlens, torch and python; filled in.
+        by_metric: Where one axis is ``"metric"``: label -> what that metric has of its own, any of
+            ``unit``, ``title``, ``reference``, ``baselines`` and ``certificate``; the fields above
+            stand for what is left out. ``select(metric=...)`` gives scores with these, and nothing
+            compares or draws two metrics on one scale.
 
-    Raises: ShapeError if axes, labels or per_example do not fit ``values``.
+    Raises: ShapeError if axes, labels, per_example or by_metric do not fit ``values``.
     """
 
     values: Float[Tensor, "..."]
@@ -92,6 +99,7 @@ class Scores:
     certificate: dict[str, Any] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: _versions())
+    by_metric: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
@@ -112,6 +120,22 @@ class Scores:
                 f"per_example must be [batch, {', '.join(self.axes)}] = [batch, *{list(shape)}]; "
                 f"got {list(self.per_example.shape)}."
             )
+        for label, facts in self.by_metric.items():
+            self._check_metric(label, facts)
+
+    def _check_metric(self, label: str, facts: Any) -> None:
+        labels = self.labels.get("metric", [])
+        if labels.count(label) != 1:
+            raise ShapeError(
+                f"by_metric names {label!r}, and the axis 'metric' has {labels or 'no entries'}: "
+                f"each name must stand there once.{did_you_mean(label, labels)}"
+            )
+        for name in facts if isinstance(facts, Mapping) else [facts]:
+            if name not in METRIC_FIELDS:
+                raise ShapeError(
+                    f"by_metric[{label!r}] holds {name!r}; it may hold {', '.join(METRIC_FIELDS)}."
+                    f"{did_you_mean(str(name), METRIC_FIELDS)}"
+                )
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -122,8 +146,47 @@ class Scores:
             return None
         return self.per_example.std(0) / math.sqrt(self.per_example.shape[0])
 
+    def interval(
+        self, level: float = 0.95, resamples: int = 2000, seed: int = 0, method: str = "bca"
+    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """Bootstrap confidence interval of each cell's mean over examples.
+
+        Examples are drawn anew, with replacement, the same ones for all cells, so cells may be
+        compared. What was computed from all examples together is not: scores that are a fraction of
+        the clean-corrupted gap keep the mean gap that was measured, so the interval says nothing of
+        that gap's own error. With few examples (fewer than about ten) every bootstrap interval is
+        too narrow.
+
+        Args:
+            level: Of confidence; each cell's interval alone holds at this level, not all together.
+            resamples: Means to draw; more give steadier ends.
+            seed: The same seed gives the same numbers.
+            method: ``"bca"`` (bias-corrected and accelerated) or ``"percentile"``; Efron &
+                Tibshirani 1993, chapters 14 and 13.
+
+        Returns: the lower and the upper ends, shaped and typed as ``values``.
+
+        Raises: ShapeError where there are no values of at least two examples.
+        """
+        n = 0 if self.per_example is None else self.per_example.shape[0]
+        if self.per_example is None or n < 2:
+            found = f"{n} of them" if n else "none"
+            raise ShapeError(
+                f"an interval needs the values of at least two examples (per_example); these "
+                f"scores have {found}. Use a metric that returns [batch], on several prompts."
+            )
+        ends = mean_interval(
+            _array(self.per_example).reshape(n, -1), level, resamples, seed, method
+        )
+        low, high = (
+            torch.from_numpy(end).reshape(self.values.shape).to(self.values) for end in ends
+        )
+        return low, high
+
     def select(self, **selectors: Selector) -> "Scores":
         """A part of the scores: ``scores.select(kind="induction", layer=slice(0, 4))``.
+
+        One metric of several comes with its own unit, title, reference and baselines.
 
         Args:
             selectors: Axis name -> an index or a label, which drops the axis, or a slice, which
@@ -133,6 +196,7 @@ class Scores:
         """
         index: list[Any] = [slice(None)] * len(self.axes)
         labels = dict(self.labels)
+        own: dict[str, Any] = {}
         for axis, selector in selectors.items():
             if axis not in self.axes:
                 near = did_you_mean(axis, self.axes)
@@ -140,17 +204,35 @@ class Scores:
             if isinstance(selector, slice):
                 index[self.axes.index(axis)] = selector
                 labels[axis] = labels[axis][selector]
-            else:
-                index[self.axes.index(axis)] = self._position(axis, selector)
-                del labels[axis]
+                continue
+            position = self._position(axis, selector)
+            index[self.axes.index(axis)] = position
+            if axis == "metric":
+                own = self._of_metric(labels[axis][position])
+            del labels[axis]
         part = tuple(index)
+        kept = labels.get("metric", [])
+        own["by_metric"] = {label: own for label, own in self.by_metric.items() if label in kept}
         return replace(
             self,
             values=self.values[part],
             axes=tuple(axis for axis in self.axes if axis in labels),
             labels=labels,
             per_example=None if self.per_example is None else self.per_example[(..., *part)],
+            **own,
         )
+
+    def _of_metric(self, label: str) -> dict[str, Any]:
+        """What one metric of several has of its own; a title in any case."""
+        title = f"{self.title}, {label}" if self.title else label
+        return {"title": title, **self.by_metric.get(label, {})}
+
+    def _parts(self) -> list[tuple[str, "Scores"]]:
+        """The scores of each metric with its label; with no axis of metrics, these scores alone."""
+        if "metric" not in self.axes:
+            return [("", self)]
+        labels = self.labels["metric"]
+        return [(label, self.select(metric=i)) for i, label in enumerate(labels)]
 
     def _position(self, axis: str, selector: int | str) -> int:
         labels = self.labels[axis]
@@ -167,31 +249,49 @@ class Scores:
         return selector % len(labels)
 
     def top(self, k: int = 10) -> list[Cell]:
-        """The ``k`` cells furthest from ``reference``, strongest first; NaN last."""
-        distance = (self.values.double().cpu() - self.reference).abs().flatten()
-        order = torch.argsort(distance.nan_to_num(nan=-1.0, posinf=math.inf), descending=True)
-        flat = [int(i) for i in order[: max(k, 0)]]
-        return [self._cell(np.unravel_index(i, tuple(self.values.shape))) for i in flat]
+        """The ``k`` cells furthest from ``reference``, strongest first; NaN last.
 
-    def _cell(self, index: Any) -> Cell:
-        index = tuple(int(i) for i in index)
-        labels = tuple(self.labels[a][i] for a, i in zip(self.axes, index, strict=True))
-        value = float(self.values[index])
+        Of several metrics, which cannot be compared, the ``k`` of each, metric by metric.
+        """
+        if "metric" in self.axes:
+            parts = enumerate(self._parts())
+            return [self._whole(cell, i) for i, (_, part) in parts for cell in part.top(k)]
+        distance = (self.values.detach().double().cpu() - self.reference).abs().flatten()
+        order = torch.argsort(distance.nan_to_num(nan=-1.0, posinf=math.inf), descending=True)
         error = self.standard_error
+        shape = tuple(self.values.shape)
+        places = [np.unravel_index(int(i), shape) for i in order[: max(k, 0)]]
+        return [self._cell(tuple(int(i) for i in place), error) for place in places]
+
+    def _cell(self, index: tuple[int, ...], error: Tensor | None) -> Cell:
+        labels = tuple(self.labels[a][i] for a, i in zip(self.axes, index, strict=True))
+        value = self.values[index].item()
         return Cell(
             index=index,
             labels=labels,
-            name=_cell_name(self.axes, labels),
+            name=cell_name(self.axes, labels),
             value=value,
             change=value - self.reference,
-            standard_error=None if error is None else float(error[index]),
+            standard_error=None if error is None else error[index].item(),
         )
 
-    def to_dataframe(self) -> "DataFrame":
-        """One row per cell: each axis' label and index, ``value``, ``change`` from the reference,
-        and ``standard_error`` where there is one.
+    def _whole(self, cell: Cell, metric: int) -> Cell:
+        """A cell of one metric's scores as a cell of these."""
+        at = self.axes.index("metric")
+        index = (*cell.index[:at], metric, *cell.index[at:])
+        labels = (*cell.labels[:at], self.labels["metric"][metric], *cell.labels[at:])
+        return cell._replace(index=index, labels=labels, name=cell_name(self.axes, labels))
 
-        Raises: MissingDependencyError without pandas.
+    def to_dataframe(self, interval: float | None = None) -> "DataFrame":
+        """One row per cell: each axis' label and index, ``value``, ``change`` from the reference,
+        and ``standard_error`` where there is one; for several metrics also the ``unit``.
+
+        Args:
+            interval: Add ``low`` and ``high``, the ends of the bootstrap interval at this level,
+                such as 0.95 (see `interval`).
+
+        Raises: MissingDependencyError without pandas. ShapeError for an interval of scores without
+            the values of at least two examples.
         """
         try:
             import pandas
@@ -205,70 +305,123 @@ class Scores:
             columns[axis] = [self.labels[axis][i] for i in positions]
         for axis, positions in zip(self.axes, index, strict=True):
             columns[f"{axis}_index"] = positions
-        columns["value"] = self.values.cpu().numpy().reshape(-1)
-        columns["change"] = columns["value"] - self.reference
+        reference: Any = self.reference
+        if "metric" in self.axes:
+            parts = [part for _, part in self._parts()]
+            of_cell = index[self.axes.index("metric")]
+            columns["unit"] = [parts[i].unit for i in of_cell]
+            reference = np.array([part.reference for part in parts], np.float64)[of_cell]
+        columns["value"] = _array(self.values).reshape(-1)
+        columns["change"] = columns["value"] - reference
         if (error := self.standard_error) is not None:
-            columns["standard_error"] = error.cpu().numpy().reshape(-1)
+            columns["standard_error"] = _array(error).reshape(-1)
+        if interval is not None:
+            low, high = self.interval(interval)
+            columns |= {"low": _array(low).reshape(-1), "high": _array(high).reshape(-1)}
         return pandas.DataFrame(columns)
 
     # -- showing -----------------------------------------------------------------------------
 
     def table(self, k: int = 10) -> str:
-        """The strongest ``k`` cells as plain text, one a line, under a heading."""
-        rows = self._rows(k)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        text = len(self.axes)
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < text else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([self._headline(), *self._facts(), *lines])
+        """The strongest ``k`` cells as plain text, one a line, under a heading.
+
+        Several metrics get a table each, with their own unit, baselines and reference.
+        """
+        lines = [self._headline(), *self._facts()]
+        for label, part in self._parts():
+            if label:
+                lines += ["", part._metric_headline(label), *self._own_facts(part)]
+            lines += text_table(part._rows(k), len(part.axes))
+        return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None, **options: Any) -> "Figure":
-        """A heatmap, written to ``path`` if given; see `fastlens.plotting.heatmap` for options.
+        """A picture, written to ``path`` if given; see `fastlens.plotting.plot` for options.
 
-        Raises: MissingDependencyError without matplotlib.
+        Heatmaps for two and three axes, bars for one, and a panel with its own scale per metric.
+
+        Raises: MissingDependencyError without matplotlib. ShapeError for more than can be looked
+            at; it says what to select.
         """
-        return importlib.import_module("fastlens.plotting").heatmap(self, path, **options)
+        return importlib.import_module("fastlens.plotting").plot(self, path, **options)
 
     def __repr__(self) -> str:
-        return "\n".join([self._headline(), *self._facts(), self._strongest()])
+        try:
+            lines = [self._headline(), *self._facts()]
+            for label, part in self._parts():
+                if label:
+                    lines += [part._metric_headline(label)]
+                    lines += [f"  {fact}" for fact in self._own_facts(part)]
+                lines.append(("  " if label else "") + part._strongest())
+            return "\n".join(lines)
+        # A repr that raises hides what a debugger or a failing test was about to show.
+        except Exception as error:
+            return f"<Scores that cannot be shown: {error!r}>"
 
     def _repr_html_(self) -> str:
-        head, *rows = self._rows(10)
-        cells = ["<tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in head) + "</tr>"]
-        cells += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in rows]
-        facts = "".join(f"<br>{html.escape(fact)}" for fact in self._facts())
-        return (
-            f"<p><b>{html.escape(self._headline())}</b>{facts}</p>"
-            f"<table><caption>strongest cells</caption>{''.join(cells)}</table>"
-        )
+        try:
+            head = [f"<b>{html.escape(self._headline())}</b>", *map(html.escape, self._facts())]
+            parts = [f"<p>{'<br>'.join(head)}</p>", self._picture()]
+            for label, part in self._parts():
+                facts = [part._metric_headline(label), *self._own_facts(part)] if label else []
+                caption = ": ".join(["strongest cells", *("; ".join(facts).splitlines())])
+                parts.append(html_table(part._rows(STRONGEST * 2), len(part.axes), caption))
+            return f"<div>{''.join(parts)}</div>"
+        except Exception:
+            return f"<pre>{html.escape(repr(self))}</pre>"
+
+    def _picture(self) -> str:
+        """The plot as part of an HTML page, or nothing if there is none to be had at once."""
+        if self.values.numel() > PICTURE_CELLS:
+            return ""
+        try:
+            png = self.plot(title="")._repr_png_()  # type: ignore[attr-defined]
+        # No matplotlib, too many axes, a font that cannot be read: the table stands alone.
+        except Exception:
+            return ""
+        data = base64.b64encode(png).decode()
+        alt = html.escape(self._headline())
+        return f'<img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{data}">'
 
     def _headline(self) -> str:
         sizes = " x ".join(
             f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True)
         )
-        unit = f", {self.unit}" if self.unit else ""
-        return f"{self.title or 'Scores'} ({sizes or 'one number'}{unit})"
+        unit = f", {self.unit}" if self.unit and "metric" not in self.axes else ""
+        return f"{visible(self.title, '') or 'Scores'} ({sizes or 'one number'}{unit})"
+
+    def _metric_headline(self, label: str) -> str:
+        return visible(label, "metric") + (f" ({self.unit})" if self.unit else "")
 
     def _facts(self) -> list[str]:
-        facts = []
-        if self.baselines:
-            facts.append(", ".join(f"{name} {_short(v)}" for name, v in self.baselines.items()))
+        facts = [] if "metric" in self.axes else self._baselines()
         if self.per_example is not None and self.per_example.shape[0] > 1:
             facts.append(f"mean of {self.per_example.shape[0]} examples")
-        if self.certificate and "max_difference" in self.certificate:
-            facts.append(
-                f"checked: {self.certificate.get('runs')} of its runs repeated one at a time, "
-                f"max difference {_short(self.certificate['max_difference'])}"
-            )
-        return facts
+        plan = self.plan or {}
+        if plan.get("strategy"):
+            runs = f"{plan['runs']} runs, " if plan.get("runs") else ""
+            facts.append(f"{runs}strategy: {plan['strategy']}")
+        return facts + self._checked()
+
+    def _own_facts(self, part: "Scores") -> list[str]:
+        """What is to be said of one metric beside what was said of all."""
+        checked = part._checked() if part.certificate is not self.certificate else []
+        return part._baselines() + checked
+
+    def _baselines(self) -> list[str]:
+        named = [f"{name} {short(value)}" for name, value in self.baselines.items()]
+        return [", ".join(named)] if named else []
+
+    def _checked(self) -> list[str]:
+        certificate = self.certificate or {}
+        if "max_difference" not in certificate:
+            return []
+        return [
+            f"checked: {certificate.get('runs')} of its runs repeated one at a time, "
+            f"max difference {short(certificate['max_difference'])}"
+        ]
 
     def _strongest(self) -> str:
-        cells = [f"{cell.name} {_short(cell.value)}" for cell in self.top(5)]
+        cells = [f"{cell.name} {short(cell.value)}" for cell in self.top(STRONGEST)]
         return f"strongest: {', '.join(cells)}" if cells else "empty"
 
     def _rows(self, k: int) -> list[list[str]]:
@@ -281,9 +434,9 @@ class Scores:
         rows = [header]
         for cell in cells:
             names = [visible(label, a) for a, label in zip(self.axes, cell.labels, strict=True)]
-            row = [*names, _short(cell.value)]
+            row = [*names, short(cell.value)]
             row += [f"{cell.change:+.4g}"] if self.reference else []
-            row += [_short(cell.standard_error)] if with_error else []
+            row += [short(cell.standard_error)] if with_error else []
             rows.append(row)
         return rows
 
@@ -302,25 +455,20 @@ class Scores:
         tensors = {"values": self.values}
         if self.per_example is not None:
             tensors["per_example"] = self.per_example
-        data = dump_tensors({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
         record = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
             "title": self.title,
             "unit": self.unit,
             "axes": list(self.axes),
             "labels": self.labels,
             "reference": self.reference,
             "baselines": self.baselines,
+            "by_metric": self.by_metric,
             "plan": self.plan,
             "certificate": self.certificate,
             "versions": self.versions,
             "meta": self.meta,
-            "sha256": hashlib.sha256(data).hexdigest(),
         }
-        text = json.dumps(_plain(record), indent=1, ensure_ascii=False) + "\n"
-        _write_whole(folder / TENSORS_NAME, data)
-        _write_whole(folder / JSON_NAME, text.encode())
+        write_record(folder, record, tensors)
         return folder
 
     @classmethod
@@ -331,16 +479,8 @@ class Scores:
         """
         folder = Path(folder)
         folder = folder.parent if folder.name in (JSON_NAME, TENSORS_NAME) else folder
-        record = _read_record(folder / JSON_NAME)
-        path = folder / TENSORS_NAME
-        data = _read(path)
-        if hashlib.sha256(data).hexdigest() != record.get("sha256"):
-            raise SourceError(
-                f"{path} is not the file {JSON_NAME} was written with: it is torn, or one of the "
-                f"two was replaced. Save the scores again."
-            )
+        record, tensors = read_record(folder)
         try:
-            tensors = load_tensors(data)
             fields = {k: record[k] for k in ("title", "unit", "labels", "reference", "baselines")}
             return cls(
                 values=tensors["values"],
@@ -350,54 +490,20 @@ class Scores:
                 certificate=record["certificate"],
                 meta=record["meta"],
                 versions=record["versions"],
+                # Files of before there were several metrics have none.
+                by_metric=record.get("by_metric", {}),
                 **fields,
             )
-        except (SafetensorError, KeyError, TypeError, ShapeError) as error:
+        except (AttributeError, KeyError, TypeError, ShapeError) as error:
             raise SourceError(
                 f"{folder / JSON_NAME} does not fit {TENSORS_NAME}: {error}"
             ) from error
 
 
-def visible(label: str, axis: str = "pos") -> str:
-    """A label with its line breaks escaped and, on token axes, its spaces shown as dots.
-
-    >>> visible(" Tower\\n:4")
-    '·Tower\\\\n:4'
-    """
-    escaped = label.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    return escaped.replace(" ", "·") if axis.endswith("pos") else escaped
-
-
-def writable_folder(folder: str | Path) -> Path:
-    """The folder, made if needed, after a trial write; so long work can fail before it starts.
-
-    Raises: SourceError if nothing can be written there.
-    """
-    folder = Path(folder).expanduser()
-    trial = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"")
-        trial.unlink()
-    except OSError as error:
-        raise SourceError(
-            f"cannot write into the folder {folder}: {error.strerror or error}. "
-            f"Give a folder that you may write to."
-        ) from error
-    return folder
-
-
-def _cell_name(axes: tuple[str, ...], labels: tuple[str, ...]) -> str:
-    """Labels in one string, a head with its layer: ``L3H7``, ``L3 ·Tower:4``."""
-    shown = [visible(label, axis) for axis, label in zip(axes, labels, strict=True)]
-    named = dict(zip(axes, shown, strict=True))
-    if "layer" in named and "head" in named:
-        named["layer"] += named.pop("head")
-    return " ".join(named.values())
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _array(tensor: Tensor) -> np.ndarray:
+    """The numbers for numpy, which has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _versions() -> dict[str, str]:
@@ -410,55 +516,3 @@ def _versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON types: tensors and arrays become lists, mappings get string keys."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside the file and rename over it, so that no reader sees half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise SourceError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror or error}.") from error
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    data = _read(path)
-    try:
-        record = json.loads(data)
-    except ValueError as error:
-        raise SourceError(f"{path} is torn or is not JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise SourceError(f"{path} was not written by Scores.save.")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise SourceError(
-            f"{path} has format version {record.get('format_version')}; this fastlens reads "
-            f"{FORMAT_VERSION}. Install the version that wrote it: {record.get('versions')}."
-        )
-    return record

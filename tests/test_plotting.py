@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastlens.errors import MissingDependencyError, ShapeError, SourceError
-from fastlens.plotting import MAX_LABEL, MAX_PANELS, heatmap
+from fastlens.figures import MAX_LABEL
+from fastlens.plotting import MAX_PANELS, heatmap, plot
 from fastlens.scores import Scores
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -1,5 +1,6 @@
 """Scores: what they hold, show, select and write."""
 
+import base64
 import json
 import re
 import subprocess
@@ -10,14 +11,14 @@ import pytest
 import torch
 
 from fastlens.errors import MissingDependencyError, ShapeError, SourceError
-from fastlens.scores import JSON_NAME, TENSORS_NAME, Cell, Scores, visible, writable_folder
+from fastlens.scores import JSON_NAME, TENSORS_NAME, Cell, Scores, writable_folder
 from tests.close import assert_close_to
 
 HEADS = {"layer": ["L0", "L1"], "head": ["H0", "H1", "H2"]}
 
 
 def head_map(**changes):
-    values = torch.tensor([[0.0, 0.5, -2.0], [1.0, 0.25, 0.0]])
+    values = changes.pop("values", torch.tensor([[0.0, 0.5, -2.0], [1.0, 0.25, 0.0]]))
     fields = {"axes": ("layer", "head"), "labels": {k: list(v) for k, v in HEADS.items()}}
     return Scores(values, **{**fields, "unit": "logits", "title": "a map", **changes})
 
@@ -37,6 +38,27 @@ def full():
         certificate={"runs": 1, "max_difference": 1e-7, "tolerance": 1e-4},
         meta={"prompt": "naïve 中文 \n", "tokens": [[1, 2]]},
     )
+
+
+def two_metrics(**changes):
+    """Logits around -1, and nats around 3, of three examples on three heads."""
+    values = torch.tensor([[-1.0, 1.0, -1.5], [3.0, 2.75, 13.0]])
+    spread = torch.tensor([-0.5, 0.0, 0.5])[:, None, None]
+    fields = {
+        "axes": ("metric", "head"),
+        "labels": {"metric": ["logit difference", "KL"], "head": ["H0", "H1", "H2"]},
+        "title": "denoising z",
+        "per_example": values + spread,
+        "by_metric": {
+            "logit difference": {
+                "unit": "logits",
+                "reference": -1.0,
+                "baselines": {"clean": 2.0, "corrupted": -1.0},
+            },
+            "KL": {"unit": "nats", "title": "KL of z", "reference": 3.0},
+        },
+    }
+    return Scores(values, **{**fields, **changes})
 
 
 def test_missing_labels_are_indices():
@@ -73,6 +95,163 @@ def test_standard_error_is_that_of_the_mean():
     assert_close_to(scores.standard_error, torch.tensor((7 / 9) ** 0.5), atol=1e-7)
     assert Scores(samples.mean(), (), per_example=samples[:1]).standard_error is None
     assert head_map().standard_error is None
+
+
+# -- intervals -------------------------------------------------------------------------------------
+
+
+def test_interval_holds_the_mean_of_each_cell():
+    per_example = torch.randn(20, 2, 3) + torch.arange(6.0).view(2, 3)
+    scores = head_map(values=per_example.mean(0), per_example=per_example)
+    low, high = scores.interval()
+    assert low.shape == high.shape == (2, 3)
+    assert low.dtype == scores.values.dtype
+    assert bool(((low < scores.values) & (scores.values < high)).all())
+    width = 2 * 1.96 * scores.standard_error
+    assert bool((((high - low) / width - 1).abs() < 0.25).all())
+    wider = scores.interval(0.99)
+    assert bool(((wider[0] < low) & (high < wider[1])).all())
+    again = scores.interval(seed=0)
+    assert torch.equal(again[0], low)
+    assert not torch.equal(scores.interval(seed=1)[0], low)
+
+
+def test_the_interval_of_a_part_is_part_of_the_interval():
+    """All cells share the examples drawn."""
+    scores = Scores(torch.zeros(2, 3), ("layer", "head"), per_example=torch.randn(9, 2, 3))
+    low, high = scores.interval()
+    part = scores.select(layer=1).interval()
+    assert_close_to(torch.stack(part), torch.stack([low[1], high[1]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_intervals_of_any_dtype(dtype):
+    samples = torch.linspace(0, 1, 8, dtype=dtype, requires_grad=True)
+    low, high = Scores(samples.mean(), (), per_example=samples).interval(method="percentile")
+    assert low.dtype == high.dtype == dtype
+    assert 0.2 < low < 0.45 < 0.55 < high < 0.8
+
+
+def test_an_interval_needs_examples():
+    with pytest.raises(ShapeError, match="these scores have none"):
+        head_map().interval()
+    with pytest.raises(ShapeError, match="these scores have 1 of them"):
+        head_map(per_example=torch.zeros(1, 2, 3)).interval()
+
+
+# -- several metrics -------------------------------------------------------------------------------
+
+
+def test_a_metric_comes_with_its_own_unit_reference_and_baselines():
+    scores = two_metrics()
+    one = scores.select(metric="logit difference")
+    assert (one.unit, one.reference) == ("logits", -1.0)
+    assert one.baselines == {"clean": 2.0, "corrupted": -1.0}
+    assert one.title == "denoising z, logit difference"
+    assert (one.axes, one.by_metric) == (("head",), {})
+    assert_close_to(one.per_example, scores.per_example[:, 0])
+    other = scores.select(metric=-1, head="H2")
+    assert (other.unit, other.title, other.reference) == ("nats", "KL of z", 3.0)
+    assert other.baselines == {}
+    assert set(scores.by_metric) == {"logit difference", "KL"}, "the original is left alone"
+
+
+def test_parts_of_several_metrics_keep_what_is_theirs():
+    scores = two_metrics()
+    assert scores.select(head=0).by_metric == scores.by_metric
+    last = scores.select(metric=slice(1, 2))
+    assert list(last.by_metric) == ["KL"]
+    assert last.select(metric=0).unit == "nats"
+
+
+def test_what_a_metric_leaves_out_is_shared():
+    scores = two_metrics(by_metric={"KL": {"unit": "nats"}}, unit="logits", reference=0.5)
+    assert scores.select(metric="KL").reference == 0.5
+    assert scores.select(metric="logit difference").unit == "logits"
+    assert two_metrics(by_metric={}, title="").select(metric="KL").title == "KL"
+
+
+@pytest.mark.parametrize(
+    ("by_metric", "message"),
+    [
+        ({"KI": {}}, "by_metric names 'KI'.*Nearest: 'KL'"),
+        ({"KL": {"units": "nats"}}, "holds 'units'.*Nearest: 'unit'"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_refused(by_metric, message):
+    with pytest.raises(ShapeError, match=message):
+        two_metrics(by_metric=by_metric)
+
+
+def test_metrics_need_an_axis_and_different_names():
+    with pytest.raises(ShapeError, match="no entries"):
+        head_map(by_metric={"KL": {}})
+    twice = {"metric": ["KL", "KL"], "head": ["H0", "H1", "H2"]}
+    with pytest.raises(ShapeError, match="stand there once"):
+        two_metrics(labels=twice, by_metric={"KL": {}})
+
+
+def test_top_never_compares_metrics():
+    top = two_metrics().top(2)
+    # By distance from zero, all of KL would come first.
+    assert [(cell.name, cell.value, cell.change) for cell in top] == [
+        ("logit difference H1", 1.0, 2.0),
+        ("logit difference H2", -1.5, -0.5),
+        ("KL H2", 13.0, 10.0),
+        ("KL H1", 2.75, -0.25),
+    ]
+    assert top[2].index == (1, 2)
+    assert top[2].labels == ("KL", "H2")
+    assert top[2].standard_error == pytest.approx(0.5 / 3**0.5)
+    turned = two_metrics()
+    turned = Scores(turned.values.T, ("head", "metric"), turned.labels, by_metric=turned.by_metric)
+    assert [cell.index for cell in turned.top(1)] == [(1, 0), (2, 1)]
+    assert turned.top(1)[1].name == "H2 KL"
+
+
+def test_the_table_of_several_metrics():
+    scores = two_metrics(plan={"strategy": "wave", "runs": 3})
+    assert scores.table(1).splitlines() == [
+        "denoising z (metric 2 x head 3)",
+        "mean of 3 examples",
+        "3 runs, strategy: wave",
+        "",
+        "logit difference (logits)",
+        "clean 2, corrupted -1",
+        "head  logits  change      +-",
+        "H1         1      +2  0.2887",
+        "",
+        "KL (nats)",
+        "head  nats  change      +-",
+        "H2      13     +10  0.2887",
+    ]
+
+
+def test_the_repr_of_several_metrics():
+    assert repr(two_metrics(per_example=None)).splitlines() == [
+        "denoising z (metric 2 x head 3)",
+        "logit difference (logits)",
+        "  clean 2, corrupted -1",
+        "  strongest: H1 1, H2 -1.5, H0 -1",
+        "KL (nats)",
+        "  strongest: H2 13, H1 2.75, H0 3",
+    ]
+
+
+def test_each_metric_may_have_its_own_certificate():
+    certificate = {"runs": 2, "max_difference": 1e-6}
+    scores = two_metrics(by_metric={"KL": {"certificate": certificate}})
+    assert scores.select(metric="KL").certificate == certificate
+    assert scores.table().count("max difference 1e-06") == 1
+    assert two_metrics(certificate=certificate).table().count("max difference") == 1
+
+
+def test_one_number_per_metric():
+    scores = two_metrics().select(head=1)
+    assert scores.axes == ("metric",)
+    assert [cell.name for cell in scores.top()] == ["logit difference", "KL"]
+    assert "logit difference (logits)\nclean 2, corrupted -1\nlogits  change" in scores.table()
+    assert "KL (nats)" in scores._repr_html_()
 
 
 # -- top and select ------------------------------------------------------------------------------
@@ -174,10 +353,86 @@ def test_notebook_view_is_escaped():
     assert "<b>:0" not in text
 
 
-def test_visible():
-    assert visible(" a b\n\t") == "·a·b\\n\\t"
-    assert visible("two words", "kind") == "two words"
-    assert visible("a\n", "kind") == "a\\n"
+def test_facts_say_what_ran():
+    assert "6 runs, strategy: stacked" in full().table()
+    assert "strategy: wave" in repr(head_map(plan={"strategy": "wave"}))
+    assert repr(head_map(plan={"runs": 3})).splitlines() == repr(head_map()).splitlines()
+
+
+def test_explicit_runs():
+    labels = {"run": ["L9H9 + L10H0", "all MLPs"]}
+    scores = Scores(torch.tensor([1.0, -3.0]), ("run",), labels)
+    assert scores.top(1)[0].name == "all MLPs"
+    assert scores.table().splitlines()[1:] == [
+        "run           value",
+        "all MLPs         -3",
+        "L9H9 + L10H0      1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"axes": ("layer",)},
+        {"labels": {}},
+        {"values": None},
+        {"baselines": {"clean": "high"}},
+        {"certificate": {"max_difference": [1]}},
+        {"plan": {"strategy": 3, "runs": "many"}},
+    ],
+)
+def test_a_repr_never_raises(broken):
+    scores = head_map()
+    for name, value in broken.items():
+        setattr(scores, name, value)
+    assert isinstance(repr(scores), str)
+    assert isinstance(scores._repr_html_(), str)
+
+
+def test_scores_with_gradients_are_shown():
+    scores = head_map(values=torch.ones(2, 3, requires_grad=True))
+    assert "strongest: L0H0 1" in repr(scores)
+    assert len(scores.table(2).splitlines()) == 4
+
+
+# -- notebooks -------------------------------------------------------------------------------------
+
+
+def pictures(text):
+    return re.findall(r'<img [^>]*src="data:image/png;base64,([^"]+)"', text)
+
+
+def test_the_notebook_view_holds_a_picture():
+    pytest.importorskip("matplotlib")
+    text = full()._repr_html_()
+    [data] = pictures(text)
+    assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert 'alt="a map (layer 2 x head 3, logits)"' in text
+    for fact in ("clean 2, corrupted 0.5", "6 runs, strategy: stacked", "max difference 1e-07"):
+        assert fact in text
+    assert '<td style="text-align:left">H2</td>' in text
+    assert "<script" not in text
+    assert "http" not in text
+
+
+def test_the_notebook_view_of_several_metrics():
+    pytest.importorskip("matplotlib")
+    text = two_metrics()._repr_html_()
+    assert len(pictures(text)) == 1
+    assert text.count("<table>") == 2
+    caption = "strongest cells: logit difference (logits); clean 2, corrupted -1"
+    assert f"<caption>{caption}</caption>" in text
+
+
+def test_what_is_no_picture_is_a_table(monkeypatch):
+    shapes = {(2, 2, 2, 2): "abcd", (0,): "a", (): "", (200, 101): "ab"}
+    for shape, axes in shapes.items():
+        text = Scores(torch.zeros(shape), tuple(axes))._repr_html_()
+        assert not pictures(text), shape
+        assert "<table>" in text
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not pictures(full()._repr_html_())
+    assert "H2" in full()._repr_html_()
 
 
 # -- dataframes ----------------------------------------------------------------------------------
@@ -192,6 +447,31 @@ def test_to_dataframe():
     assert (row["layer_index"], row["head_index"], row["value"], row["change"]) == (1, 0, 1.0, 0.5)
     assert row["standard_error"] == pytest.approx(full().standard_error[1, 0].item())
     assert "standard_error" not in head_map().to_dataframe()
+
+
+def test_to_dataframe_with_intervals():
+    pytest.importorskip("pandas")
+    frame = full().to_dataframe(interval=0.9)
+    low, high = full().interval(0.9)
+    assert frame["low"].tolist() == low.flatten().tolist()
+    assert frame["high"].tolist() == high.flatten().tolist()
+    assert not {"low", "high"} & set(full().to_dataframe())
+    with pytest.raises(ShapeError, match="at least two examples"):
+        head_map().to_dataframe(interval=0.95)
+
+
+def test_to_dataframe_of_several_metrics():
+    pytest.importorskip("pandas")
+    frame = two_metrics().to_dataframe()
+    assert frame["unit"].tolist() == ["logits"] * 3 + ["nats"] * 3
+    assert frame["change"].tolist() == [0.0, 2.0, -0.5, 0.0, -0.25, 10.0]
+    assert "unit" not in full().to_dataframe()
+
+
+def test_to_dataframe_of_bfloat16():
+    pytest.importorskip("pandas")
+    frame = Scores(torch.tensor([1.5], dtype=torch.bfloat16), ("layer",)).to_dataframe()
+    assert frame["value"].tolist() == [1.5]
 
 
 def test_to_dataframe_without_pandas(monkeypatch):
@@ -229,6 +509,29 @@ def test_tensors_in_meta_become_lists(tmp_path):
     head_map(meta={"ids": torch.tensor([1, 2]), "by": ("layer",), 3: torch.float32}).save(tmp_path)
     meta = Scores.load(tmp_path).meta
     assert meta == {"ids": [1, 2], "by": ["layer"], "3": "torch.float32"}
+
+
+def test_several_metrics_are_kept(tmp_path):
+    scores = two_metrics()
+    scores.save(tmp_path)
+    loaded = Scores.load(tmp_path)
+    assert loaded.by_metric == scores.by_metric
+    assert loaded.select(metric="KL").table() == scores.select(metric="KL").table()
+
+
+def test_files_without_metrics_are_read(tmp_path):
+    """As they were written before there could be several."""
+    full().save(tmp_path)
+    record = json.loads((tmp_path / JSON_NAME).read_text())
+    del record["by_metric"]
+    (tmp_path / JSON_NAME).write_text(json.dumps(record))
+    loaded = Scores.load(tmp_path)
+    assert loaded.by_metric == {}
+    assert loaded.table() == full().table()
+    for wrong in ({"KL": {}}, [1], {"KL": 3}):
+        (tmp_path / JSON_NAME).write_text(json.dumps({**record, "by_metric": wrong}))
+        with pytest.raises(SourceError, match="does not fit"):
+            Scores.load(tmp_path)
 
 
 def test_saving_again_replaces(tmp_path):

@@ -134,7 +134,7 @@ class AbstractAttention(nn.Module):
         """Heads that hold keys and values: fewer than ``n_heads`` under grouped attention."""
         return self.cfg.n_heads
 
-    def _key_value_leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def key_value_leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """W_K, W_V, b_K, b_V as the products read them."""
         w_k, w_v, b_k, b_v = (getattr(self, name) for name in self.KEY_VALUE_NAMES)
         return w_k, w_v, b_k, b_v
@@ -230,7 +230,7 @@ class AbstractAttention(nn.Module):
         if shared and not self._looks_at_qkv():
             joint = self._joint_product(query_input)
         if joint is None:
-            w_k, w_v, b_k, b_v = self._key_value_leaves()
+            w_k, w_v, b_k, b_v = self.key_value_leaves()
             q = self.hook_q(_per_head(query_input, self.W_Q, self.b_Q))
             k = self.hook_k(_per_head(key_input, w_k, b_k))
             v = self.hook_v(_per_head(value_input, w_v, b_v))
@@ -251,7 +251,7 @@ class AbstractAttention(nn.Module):
         """q, k, v from one product if the weights are neighbours in memory, else None."""
         if x.ndim != 3 or torch.is_grad_enabled():
             return None
-        w_k, w_v, b_k, b_v = self._key_value_leaves()
+        w_k, w_v, b_k, b_v = self.key_value_leaves()
         weights = (self.W_Q, w_k, w_v)
         weight = neighbours([w.transpose(1, 2) for w in weights])  # [all heads, d_head, d_model]
         bias = None if weight is None else neighbours([self.b_Q, b_k, b_v])
@@ -318,6 +318,13 @@ class AbstractAttention(nn.Module):
     def _tables(self, n_ctx: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return rotary_tables(self.cfg, n_ctx, dtype, is_local=self.attn_type == "local")
 
+    def grow_tables(self, n_ctx: int) -> None:
+        """Make the rotary tables reach ``n_ctx`` positions."""
+        if n_ctx > self.rotary_cos.shape[0]:
+            sin, cos = self._tables(max(n_ctx, 2 * self.rotary_cos.shape[0]), self.rotary_cos.dtype)
+            self.rotary_sin = sin.to(self.rotary_sin.device)
+            self.rotary_cos = cos.to(self.rotary_cos.device)
+
     def _rotated(
         self, q: Tensor, k: Tensor, offset: int, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -341,10 +348,7 @@ class AbstractAttention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries or keys turned by their positions, which left padding shifts per example."""
         end = past_kv_pos_offset + x.size(1)
-        if end > self.rotary_cos.shape[0]:
-            sin, cos = self._tables(max(end, 2 * self.rotary_cos.shape[0]), self.rotary_cos.dtype)
-            self.rotary_sin = sin.to(self.rotary_sin.device)
-            self.rotary_cos = cos.to(self.rotary_cos.device)
+        self.grow_tables(end)
         if attention_mask is None:
             rows = slice(past_kv_pos_offset, end)
             cos, sin = self.rotary_cos[None, rows], self.rotary_sin[None, rows]
@@ -410,10 +414,10 @@ class GroupedQueryAttention(AbstractAttention):
         """Query heads per KV head."""
         return self.cfg.n_heads // self.n_kv_heads
 
-    def _key_value_leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def key_value_leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.cfg.ungroup_grouped_query_attention:
             return self.W_K, self.W_V, self.b_K, self.b_V
-        return super()._key_value_leaves()
+        return super().key_value_leaves()
 
     def _repeated(self, name: str) -> Tensor:
         return self._parameters[name].repeat_interleave(self.repeat_kv_heads, dim=0)  # type: ignore[union-attr]

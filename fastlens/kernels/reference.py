@@ -1,7 +1,7 @@
 """The specification: every op in plain PyTorch, as its formula reads."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility
@@ -101,3 +101,36 @@ def attention(
     """``softmax(scores) @ v``, with every score held at once."""
     pattern = attention_pattern(attention_scores(q, k, rule, offset, key_mask))
     return attention_with_pattern(pattern, v)
+
+
+def score_rows(
+    q: Float[Tensor, "row d_head"],
+    k: Float[Tensor, "row key_pos d_head"],
+    rule: AttentionRule,
+    query_pos: Int[Tensor, " row"],
+    head: Int[Tensor, " row"],
+    n_heads: int,
+    key_mask: Bool[Tensor, "row key_pos"] | None = None,
+) -> Float[Tensor, "row key_pos"]:
+    """Single rows of `attention_scores`, each of its own head, position and keys.
+
+    Args:
+        query_pos: Absolute position of each row; its keys start at position 0.
+        head, n_heads: Which head it is, of how many: ALiBi's slope depends on it.
+    """
+    scores = torch.einsum("rd,rkd->rk", q, k) / rule.scale
+    if rule.soft_cap > 0:
+        scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
+    keys = torch.arange(k.shape[1], device=q.device)
+    behind = keys[None, :] - query_pos[:, None]
+    if rule.alibi:
+        slopes = alibi_slopes(n_heads, q.device, q.dtype)[head]
+        scores = scores + slopes[:, None] * behind.clamp(max=0)
+    hidden = torch.zeros_like(behind, dtype=torch.bool)
+    if rule.causal:
+        hidden = hidden | (behind > 0)
+    if rule.window is not None:
+        hidden = hidden | (behind <= -rule.window)
+    if key_mask is not None:
+        hidden = hidden | ~key_mask
+    return scores.masked_fill(hidden, -torch.inf)

@@ -7,7 +7,7 @@ from fastlens.patching.metrics import (
     kl_divergence,
     logit_diff,
 )
-from fastlens.patching.sweep import sweep
+# SWEEP
 
 __all__ = [
     "answer_logit",

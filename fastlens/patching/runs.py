@@ -1,37 +1,65 @@
-"""The runs of a sweep: which site, layer and slice each one patches. No torch here."""
+"""The runs of a sweep: what each one patches. No torch here."""
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from fastlens.errors import SweepError
-from fastlens.patching.sites import Site
+from fastlens.patching.sites import SITES, Site
 
 Selection: TypeAlias = int | slice | Sequence[int] | None
-# Along one axis of an activation: all of it, one entry, or several.
-AxisIndex: TypeAlias = int | tuple[int, ...] | None
+# Along one axis of an activation: all of it, or these entries.
+Index: TypeAlias = tuple[int, ...] | None
+
+FIELD_OF_AXIS = {
+    "pos": "pos",
+    "query_pos": "pos",
+    "key_pos": "keys",
+    "head": "columns",
+    "neuron": "columns",
+}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One patched run: the entries of one activation that are replaced, and where its score goes.
+class PlannedPatch(NamedTuple):
+    """One patch as the planner reads it: integers and names only.
 
     Attributes:
-        cell: Index into the scores.
-        site, layer: The activation.
-        index: For each of ``site.axes``, what is replaced.
+        site, layer: The activation; ``site`` is a key of `fastlens.patching.sites.SITES`.
+        pos: Positions that are patched (query positions of a pattern); None is all.
+        columns: Heads or neurons that are patched; None is all.
+        keys: Key positions of a pattern that are patched; None is all.
+        value: Where the new value comes from: an index into the sweep's list of sources.
+        mode: ``"replace"``, ``"add"`` or ``"scale"``.
     """
 
-    cell: tuple[int, ...]
-    site: Site
+    site: str
     layer: int
-    index: tuple[AxisIndex, ...]
+    pos: Index = None
+    columns: Index = None
+    keys: Index = None
+    value: int = 0
+    mode: str = "replace"
 
     @property
     def hook_name(self) -> str:
         """The hook point that is patched."""
-        return self.site.hook_name(self.layer)
+        return SITES[self.site].hook_name(self.layer)
+
+    def indices(self) -> tuple[Index, ...]:
+        """What is patched along each axis of the site."""
+        return tuple(getattr(self, FIELD_OF_AXIS[axis]) for axis in SITES[self.site].axes)
+
+
+class Run(NamedTuple):
+    """One patched run: what is patched, all at once, and where its score goes.
+
+    Attributes:
+        cell: Index into the scores.
+        patches: In the order given; the forward's order decides, then this one.
+    """
+
+    cell: tuple[int, ...]
+    patches: tuple[PlannedPatch, ...]
 
 
 def chosen(selection: Selection, size: int, axis: str) -> list[int]:
@@ -59,7 +87,12 @@ def runs_of(
     by: Sequence[str],
     indices: Mapping[str, Sequence[int]],
     restricted: Mapping[str, Sequence[int]],
+    *,
     cell_start: tuple[int, ...] = (),
+    window: int = 1,
+    n_layers: int = 1,
+    value: int = 0,
+    mode: str = "replace",
 ) -> list[Run]:
     """One run for each combination of the indices along ``by``, in the order of ``by``.
 
@@ -68,18 +101,32 @@ def runs_of(
         restricted: For axes outside ``by``, the entries a patch covers; an axis in neither is
             covered whole.
         cell_start: Put in front of every run's cell.
+        window: Layers patched together around the swept one, as many below as above, the odd one
+            below (Meng et al. 2202.05262); cut off at the ends.
+        value, mode: Of every patch.
     """
-    runs = []
-    rest = {axis: tuple(restricted[axis]) for axis in site.axes if axis in restricted}
-    for cell in itertools.product(*(range(len(indices[axis])) for axis in by)):
-        at = {axis: indices[axis][i] for axis, i in zip(by, cell, strict=True)}
-        where: dict[str, AxisIndex] = {**rest, **at}
-        runs.append(
-            Run(
-                cell=(*cell_start, *cell),
-                site=site,
-                layer=at["layer"],
-                index=tuple(where.get(axis) for axis in site.axes),
+    rest = {
+        FIELD_OF_AXIS[axis]: tuple(restricted[axis]) for axis in site.axes if axis in restricted
+    }
+    others = [axis for axis in by if axis != "layer"]
+    fields = [FIELD_OF_AXIS[axis] for axis in others]
+    numbered = [list(enumerate(indices[axis])) for axis in others]
+    # The same few places come back in every layer: made once, shared by all runs.
+    places = []
+    for entries in itertools.product(*numbered):
+        at: dict[str, Index] = {f: (index,) for f, (_, index) in zip(fields, entries, strict=True)}
+        where = {**rest, **at}
+        place = where.get("pos"), where.get("columns"), where.get("keys")
+        places.append((tuple(cell for cell, _ in entries), place))
+    at_layer = list(by).index("layer")
+    found = []
+    for layer_cell, layer in enumerate(indices["layer"]):
+        layers = range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
+        for cells, (pos, columns, keys) in places:
+            patches = tuple(
+                PlannedPatch(site.name, one, pos, columns, keys, value, mode) for one in layers
             )
-        )
-    return runs
+            cell = (*cells[:at_layer], layer_cell, *cells[at_layer:])
+            found.append(Run(cell_start + cell, patches))
+    found.sort(key=lambda run: run.cell)
+    return found

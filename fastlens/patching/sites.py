@@ -23,6 +23,11 @@ class Site:
             indexed (d_model, d_head) is left out.
         default_by: The axes of a sweep over it if none are given.
         is_per_kv_head: Its head axis counts KV heads, fewer than query heads under grouping.
+        stage: Where in its layer it comes: stages run in this order, sites of one stage side by
+            side. See `STAGES`.
+        reach: What a patch of it changes within the layer, before any later row: ``"stream"`` (the
+            residual stream the layer reads), ``"query"``, ``"key"`` (keys or values), ``"both"``,
+            or ``"row"`` (only the rows that are patched).
     """
 
     name: str
@@ -30,44 +35,85 @@ class Site:
     axes: tuple[str, ...]
     default_by: tuple[str, ...]
     is_per_kv_head: bool = False
+    stage: int = 0
+    reach: str = "row"
 
     def hook_name(self, layer: int) -> str:
         """The hook point of one layer."""
         return self.hook.format(layer=layer)
 
 
+# The stages of a layer in the order of its forward, each with its sites.
+STAGES = (
+    ("resid_pre",),
+    ("attn_in", "q_input", "k_input", "v_input"),
+    ("q", "k", "v"),
+    ("rot_q", "rot_k"),
+    ("attn_scores",),
+    ("pattern",),
+    ("z",),
+    ("result",),
+    ("attn_out",),
+    ("resid_mid",),
+    ("mlp_in",),
+    ("mlp_pre",),
+    ("mlp_pre_linear",),
+    ("mlp_mid",),
+    ("mlp_post",),
+    ("mlp_out",),
+    ("resid_post",),
+)
+# Sites that are patched entry by entry: a (row, head) is computed by itself, patched, and put back.
+BY_ENTRY = frozenset(
+    ("attn_in", "q_input", "k_input", "v_input", "attn_scores", "pattern", "result")
+)
+_REACH = {
+    "resid_pre": "stream",
+    "attn_in": "both",
+    **dict.fromkeys(("q", "q_input", "rot_q"), "query"),
+    **dict.fromkeys(("k", "v", "k_input", "v_input", "rot_k"), "key"),
+}
+
+
 def _table() -> dict[str, Site]:
     by_pos, by_head = ("layer", "pos"), ("layer", "head")
     rows = [
-        Site("resid_pre", "hook_resid_pre", POS, by_pos),
-        Site("resid_mid", "hook_resid_mid", POS, by_pos),
-        Site("resid_post", "hook_resid_post", POS, by_pos),
-        Site("attn_out", "hook_attn_out", POS, by_pos),
-        Site("mlp_out", "hook_mlp_out", POS, by_pos),
-        Site("mlp_in", "hook_mlp_in", POS, by_pos),
-        Site("attn_in", "hook_attn_in", PER_HEAD, by_head),
-        Site("q_input", "hook_q_input", PER_HEAD, by_head),
-        Site("k_input", "hook_k_input", PER_HEAD, by_head, True),
-        Site("v_input", "hook_v_input", PER_HEAD, by_head, True),
-        Site("q", "attn.hook_q", PER_HEAD, by_head),
-        Site("k", "attn.hook_k", PER_HEAD, by_head, True),
-        Site("v", "attn.hook_v", PER_HEAD, by_head, True),
-        Site("rot_q", "attn.hook_rot_q", PER_HEAD, by_head),
-        Site("rot_k", "attn.hook_rot_k", PER_HEAD, by_head, True),
-        Site("attn_scores", "attn.hook_attn_scores", PER_PAIR, by_head),
-        Site("pattern", "attn.hook_pattern", PER_PAIR, by_head),
-        Site("z", "attn.hook_z", PER_HEAD, by_head),
-        Site("result", "attn.hook_result", PER_HEAD, by_head),
-        Site("mlp_pre", "mlp.hook_pre", PER_NEURON, by_pos),
-        Site("mlp_pre_linear", "mlp.hook_pre_linear", PER_NEURON, by_pos),
-        Site("mlp_mid", "mlp.hook_mid", PER_NEURON, by_pos),
-        Site("mlp_post", "mlp.hook_post", PER_NEURON, by_pos),
+        ("resid_pre", "hook_resid_pre", POS, by_pos),
+        ("resid_mid", "hook_resid_mid", POS, by_pos),
+        ("resid_post", "hook_resid_post", POS, by_pos),
+        ("attn_out", "hook_attn_out", POS, by_pos),
+        ("mlp_out", "hook_mlp_out", POS, by_pos),
+        ("mlp_in", "hook_mlp_in", POS, by_pos),
+        ("attn_in", "hook_attn_in", PER_HEAD, by_head),
+        ("q_input", "hook_q_input", PER_HEAD, by_head),
+        ("k_input", "hook_k_input", PER_HEAD, by_head),
+        ("v_input", "hook_v_input", PER_HEAD, by_head),
+        ("q", "attn.hook_q", PER_HEAD, by_head),
+        ("k", "attn.hook_k", PER_HEAD, by_head),
+        ("v", "attn.hook_v", PER_HEAD, by_head),
+        ("rot_q", "attn.hook_rot_q", PER_HEAD, by_head),
+        ("rot_k", "attn.hook_rot_k", PER_HEAD, by_head),
+        ("attn_scores", "attn.hook_attn_scores", PER_PAIR, by_head),
+        ("pattern", "attn.hook_pattern", PER_PAIR, by_head),
+        ("z", "attn.hook_z", PER_HEAD, by_head),
+        ("result", "attn.hook_result", PER_HEAD, by_head),
+        ("mlp_pre", "mlp.hook_pre", PER_NEURON, by_pos),
+        ("mlp_pre_linear", "mlp.hook_pre_linear", PER_NEURON, by_pos),
+        ("mlp_mid", "mlp.hook_mid", PER_NEURON, by_pos),
+        ("mlp_post", "mlp.hook_post", PER_NEURON, by_pos),
     ]
+    stage_of = {name: stage for stage, names in enumerate(STAGES) for name in names}
     return {
-        row.name: Site(
-            row.name, f"blocks.{{layer}}.{row.hook}", row.axes, row.default_by, row.is_per_kv_head
+        name: Site(
+            name,
+            f"blocks.{{layer}}.{hook}",
+            axes,
+            default_by,
+            is_per_kv_head=name in ("k_input", "v_input", "k", "v", "rot_k"),
+            stage=stage_of[name],
+            reach=_REACH.get(name, "row"),
         )
-        for row in rows
+        for name, hook, axes, default_by in rows
     }
 
 

@@ -1,0 +1,208 @@
+"""A block's pieces over packed rows, without hooks: what a sweep calls instead of modules.
+
+Rows are positions of many runs behind one another, so no axis of them means what a HookPoint
+promises, and none may reach one. The pieces read the same leaves as the modules and call the same
+ops; `foreign_part` says where a model's modules are not the ones these pieces stand for.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from fastlens.components.attention import AbstractAttention, Attention, GroupedQueryAttention
+from fastlens.components.block import TransformerBlock
+from fastlens.components.embed import Embed, PosEmbed, Unembed
+from fastlens.components.layout import from_input_heads, from_output_heads, linear, neighbours
+from fastlens.components.mlp import MLP, CanBeUsedAsMLP, GatedMLP
+from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+from fastlens.components.xielu import XIELU
+from fastlens.hooks.point import HookPoint
+from fastlens.ops.activations import soft_cap
+from fastlens.ops.rotary import rotary
+
+Edit = Callable[[str, Tensor], None]
+
+_PLAIN = {
+    *(TransformerBlock, Attention, GroupedQueryAttention, MLP, GatedMLP, HookPoint, XIELU),
+    *(LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, Embed, PosEmbed, Unembed),
+    *(nn.Identity, nn.ModuleList),
+}
+
+
+def normalized(norm: nn.Module, x: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """LayerNorm or RMSNorm of rows; an ``nn.Identity`` gives them back."""
+    return x if isinstance(norm, nn.Identity) else norm.unhooked(x)  # type: ignore[operator]
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def projected(
+    attn: AbstractAttention, x: Float[Tensor, "row d_model"], names: str
+) -> Float[Tensor, "row heads d_head"]:
+    """Queries, keys or values before QK-norm and rotary, side by side: ``names`` is ``"qkv"``,
+    ``"kv"``, ``"q"`` and so on. One product where the weights are neighbours in memory."""
+    weights, biases = zip(*(_leaves(attn)[name] for name in names), strict=True)
+    joint = neighbours([w.transpose(1, 2) for w in weights])
+    bias = None if joint is None else neighbours(biases)
+    if joint is not None and bias is not None:
+        return linear(x, joint.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape)
+    parts = [
+        linear(x, from_input_heads(w), b.reshape(-1)).unflatten(-1, b.shape)
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def projected_heads(
+    attn: AbstractAttention,
+    x: Float[Tensor, "entry d_model"],
+    name: str,
+    heads: Int[Tensor, " entry"],
+) -> Float[Tensor, "entry d_head"]:
+    """Each entry's query, key or value of its own head."""
+    weight, bias = _leaves(attn)[name]
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    for head in heads.unique().tolist():
+        mine = (heads == head).nonzero()[:, 0]
+        out[mine] = linear(x[mine], weight[head].t(), bias[head])
+    return out
+
+
+def _leaves(attn: AbstractAttention) -> dict[str, tuple[Tensor, Tensor]]:
+    w_k, w_v, b_k, b_v = attn.key_value_leaves()
+    return {"q": (attn.W_Q, attn.b_Q), "k": (w_k, b_k), "v": (w_v, b_v)}
+
+
+def finished_qkv(
+    attn: AbstractAttention, q: Tensor, k: Tensor, v: Tensor, positions: Int[Tensor, " row"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw queries, keys, values ``[row, head, d_head]`` after QK-norm, clipping and rotary.
+
+    Args:
+        positions: Each row's position as rotary counts it (left padding shifts it).
+    """
+    if attn.q_norm is not None and attn.k_norm is not None:
+        q, k = attn.q_norm.unhooked(q), attn.k_norm.unhooked(k)
+    clip = attn.cfg.clip_qkv
+    if clip is not None:
+        q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
+    if attn.cfg.positional_embedding_type == "rotary":
+        cos, sin = attn.rotary_cos[positions][None], attn.rotary_sin[positions][None]
+        if cos.dtype != q.dtype:
+            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        adjacent = attn.cfg.rotary_adjacent_pairs
+        q, k = (rotary(x[None], cos, sin, adjacent)[0] for x in (q, k))
+    return q, k, v
+
+
+def output_of_heads(
+    attn: AbstractAttention, z: Float[Tensor, "row head d_head"]
+) -> Float[Tensor, "row d_model"]:
+    """Head outputs projected and summed, with the bias."""
+    return linear(z.flatten(1), from_output_heads(attn.W_O), attn.b_O)
+
+
+def result_of_heads(
+    attn: AbstractAttention, z: Float[Tensor, "entry d_head"], heads: Int[Tensor, " entry"]
+) -> Float[Tensor, "entry d_model"]:
+    """What each entry's own head writes, ``z @ W_O[head]``."""
+    out = z.new_empty(z.shape[0], attn.W_O.shape[2])
+    for head in heads.unique().tolist():
+        mine = (heads == head).nonzero()[:, 0]
+        out[mine] = z[mine] @ attn.W_O[head]
+    return out
+
+
+# -- MLP -----------------------------------------------------------------------------------------
+
+
+def mlp_output(
+    mlp: CanBeUsedAsMLP, x: Float[Tensor, "row d_model"], edit: Edit | None = None
+) -> Float[Tensor, "row d_model"]:
+    """What an `MLP` or `GatedMLP` writes for rows of its normalised input.
+
+    Args:
+        edit: ``edit(site, activation)`` may write into the activation at ``mlp_pre``,
+            ``mlp_pre_linear``, ``mlp_mid`` and ``mlp_post``, in the order of the forward.
+    """
+    edit = edit or _leave
+    if isinstance(mlp, GatedMLP):
+        joint = neighbours([mlp.W_gate.t(), mlp.W_in.t()])
+        if joint is not None:
+            pre, up = linear(x, joint).chunk(2, -1)
+        else:
+            pre, up = linear(x, mlp.W_gate.t()), linear(x, mlp.W_in.t())
+        edit("mlp_pre", pre)
+        if not mlp.cfg.is_layer_norm_activation():
+            edit("mlp_pre_linear", up)
+            post = torch.addcmul(mlp.b_in, mlp.act_fn(pre), up)
+        else:
+            post = _after_activation(mlp, pre, edit)
+    else:
+        assert isinstance(mlp, MLP)
+        pre = linear(x, mlp.W_in.t(), mlp.b_in)
+        edit("mlp_pre", pre)
+        post = _after_activation(mlp, pre, edit)
+    edit("mlp_post", post)
+    return linear(post, mlp.W_out.t(), mlp.b_out)
+
+
+def _after_activation(mlp: CanBeUsedAsMLP, pre: Tensor, edit: Edit) -> Tensor:
+    post = mlp.act_fn(pre)
+    if not mlp.cfg.is_layer_norm_activation():
+        return post
+    edit("mlp_mid", post)
+    assert mlp.ln is not None
+    return normalized(mlp.ln, post)
+
+
+def _leave(site: str, activation: Tensor) -> None:
+    """Edit nothing."""
+
+
+# -- unembedding ---------------------------------------------------------------------------------
+
+
+def logits_of(
+    unembed: Unembed, x: Float[Tensor, "row d_model"], columns: Int[Tensor, " column"] | None
+) -> Float[Tensor, "row column"]:
+    """Logits of rows after the final norm, for some vocabulary columns or (None) all of them."""
+    weight, bias = unembed.W_U.t(), unembed.b_U
+    if columns is not None:
+        columns = columns.to(weight.device)
+        weight, bias = weight[columns], bias[columns]
+    return soft_cap(linear(x, weight, bias), unembed.cfg.output_logits_soft_cap)
+
+
+# -- whether these pieces stand for the model's modules ------------------------------------------
+
+
+def foreign_part(root: nn.Module) -> str | None:
+    """The first module below ``root`` that is not one of ours, or has a method replaced; or None.
+
+    A parametrized module counts as ours: its leaves are read by name like any other.
+    """
+    for name, module in _submodules(root):
+        kind = type(module)
+        if parametrize.is_parametrized(module):
+            kind = kind.__mro__[1]
+        if kind not in _PLAIN:
+            return f"{name} is a {kind.__name__}"
+        replaced = [key for key in vars(module) if callable(getattr(kind, key, None))]
+        if replaced:
+            return f"{name}.{replaced[0]} was replaced"
+    return None
+
+
+def _submodules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in root.named_children():
+        yield name, module
+        inside = isinstance(module, nn.Module) and not parametrize.is_parametrized(module)
+        if inside:
+            for below, child in _submodules(module):
+                yield f"{name}.{below}", child
