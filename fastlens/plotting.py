@@ -91,7 +91,7 @@ def plot(
         draw_bars(drawn, bars, values)
         # The names of baselines stand above horizontal bars, the numbers above upright ones.
         named = values if bars.is_ordered else bars.scores.baselines
-        _set_heading(drawn, label, pad=12 if named else 6)
+        _set_heading(drawn, label, pad=12.0 if named else 6.0)
     _finish(figure, axes, scores if ax is None else parts[0], title, own_figure=ax is None)
     if path is not None:
         write_figure(figure, Path(path), dpi)
@@ -373,7 +373,7 @@ def _add_color_bar(figure: Any, axes: list[Any], image: Any, scores: Scores, sca
             bar.ax.axhline(number, color="black", linewidth=1)
 
 
-def _set_heading(ax: Any, label: str, pad: float = 6) -> None:
+def _set_heading(ax: Any, label: str, pad: float = 6.0) -> None:
     if label:
         ax.set_title(drawable(label), fontsize=9, pad=pad, parse_math=False)
 

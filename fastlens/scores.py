@@ -212,7 +212,7 @@ class Scores:
             del labels[axis]
         part = tuple(index)
         kept = labels.get("metric", [])
-        own["by_metric"] = {label: own for label, own in self.by_metric.items() if label in kept}
+        own["by_metric"] = {name: facts for name, facts in self.by_metric.items() if name in kept}
         return replace(
             self,
             values=self.values[part],

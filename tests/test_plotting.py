@@ -12,7 +12,7 @@ import torch
 
 from fastlens.errors import MissingDependencyError, ShapeError, SourceError
 from fastlens.figures import MAX_LABEL
-from fastlens.plotting import MAX_PANELS, heatmap, plot
+from fastlens.plotting import MAX_ENTRIES, MAX_PANELS, heatmap, plot
 from fastlens.scores import Scores
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -130,6 +130,92 @@ def test_the_panel_axis_can_be_chosen():
     assert len(panels(heatmap(scores))) == 4
     assert len(panels(heatmap(scores, panel="pos"))) == 3
     assert len(panels(heatmap(scores.select(head=0), panel="pos"))) == 3
+
+
+def metric_maps(*sizes):
+    axes = ("metric", "layer", "pos")[: len(sizes) + 1]
+    values = torch.stack([torch.randn(sizes), 100 + torch.rand(sizes)])
+    return Scores(
+        values,
+        axes,
+        {"metric": ["logit difference", "KL"]},
+        title="both",
+        by_metric={
+            "logit difference": {"unit": "logits", "baselines": {"clean": 0.5}},
+            "KL": {"unit": "nats", "reference": 100.0, "baselines": {"clean": 100.25}},
+        },
+    )
+
+
+def test_metrics_are_panels_each_on_its_own_scale():
+    scores = metric_maps(3, 4)
+    figure = scores.plot()
+    drawn = [ax for ax in figure.axes if ax.images and ax.get_title()]
+    assert [ax.get_title() for ax in drawn] == ["logit difference", "KL"]
+    for ax, values, middle in zip(drawn, scores.values, (0.0, 100.0), strict=True):
+        assert np.array_equal(image(ax), values.double().numpy())
+        low, high = ax.images[0].get_clim()
+        assert (low + high) / 2 == pytest.approx(middle)
+        assert middle + float((values - middle).abs().max()) <= high + 1e-6
+    bars = [ax for ax in figure.axes if ax not in drawn]
+    assert [bar.get_ylabel() for bar in bars] == ["logits", "nats"]
+    assert [texts(bar.texts) for bar in bars] == [["clean"], ["clean"]]
+    assert figure.get_suptitle() == "both"
+
+
+def test_metrics_are_never_put_on_one_scale():
+    scores = metric_maps(3, 4)
+    with pytest.raises(ShapeError, match=re.escape("scores.select(metric='logit difference')")):
+        heatmap(scores, panel="layer")
+    with pytest.raises(ShapeError, match="too many to look at"):
+        Scores(torch.zeros(MAX_PANELS + 1, 2), ("metric", "layer")).plot()
+    with pytest.raises(ShapeError, match=re.escape("scores.table()")):
+        Scores(torch.zeros(2), ("metric",)).plot()
+    with pytest.raises(ShapeError, match=re.escape("scores.select(metric=0)")):
+        Scores(torch.zeros(2, 2, 2, 2), ("metric", "layer", "pos", "head")).plot()
+    assert heatmap(metric_maps(3)).axes[0].images, "rows, where a heatmap is asked for"
+
+
+def test_plot_chooses_the_picture():
+    assert not plot(Scores(torch.randn(3), ("run",))).axes[0].images
+    assert plot(Scores(torch.randn(3, 2), ("run", "pos"))).axes[0].images
+    assert len(panels(plot(Scores(torch.randn(2, 2, 3), ("layer", "head", "query_pos"))))) == 2
+    with pytest.raises(ShapeError, match="two axes"):
+        plot(Scores(torch.zeros(2), ("layer",)), panel="layer")
+
+
+def test_patterns_have_a_panel_for_each_head():
+    scores = Scores(torch.randn(3, 2, 4), ("layer", "head", "query_pos"))
+    drawn = panels(scores.plot())
+    assert len(drawn) == 2
+    assert np.array_equal(image(drawn[1]), scores.values[:, 1].double().numpy())
+    assert (drawn[0].get_xlabel(), drawn[0].get_ylabel()) == ("query position", "layer")
+
+
+def test_long_titles_are_wrapped_within_the_picture():
+    scores = Scores(torch.zeros(2, 2), ("layer", "head"), title="many words " * 12)
+    figure = scores.plot()
+    figure.canvas.draw()
+    box = figure._suptitle.get_window_extent()
+    assert "\n" in figure.get_suptitle()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("shape", [(12, 64), (12, 1000), (1000, 12)])
+def test_long_prompts_fit_a_page(shape):
+    figure = heatmap(Scores(torch.randn(shape), ("layer", "pos")))
+    assert max(figure.get_size_inches()) < 17
+
+
+def test_more_entries_than_dots_are_refused():
+    """Rather than drawn with some of them lost between the dots."""
+    with pytest.raises(ShapeError, match=re.escape(f"neuron=slice(0, {MAX_ENTRIES})")):
+        Scores(torch.zeros(2, MAX_ENTRIES + 1), ("layer", "neuron")).plot()
+
+
+def test_near_baselines_share_a_name():
+    figure = heatmap(token_map(baselines={"clean": 0.0, "corrupted": 0.1, "zero": 9.0}))
+    assert texts(figure.axes[-1].texts) == ["clean, corrupted", "zero"]
 
 
 def test_too_much_to_look_at_says_what_to_select():

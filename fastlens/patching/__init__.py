@@ -7,7 +7,10 @@ from fastlens.patching.metrics import (
     kl_divergence,
     logit_diff,
 )
-# SWEEP
+from fastlens.patching.execute import execute
+from fastlens.patching.patch import Patch
+from fastlens.patching.query import SweepPlan, plan
+from fastlens.patching.sweep import sweep
 
 __all__ = [
     "answer_logit",

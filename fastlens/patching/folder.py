@@ -20,7 +20,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from fastlens.errors import SourceError
-from fastlens.scores import JSON_NAME, TENSORS_NAME, writable_folder, write_whole
+from fastlens.scores_files import JSON_NAME, TENSORS_NAME, writable_folder, write_whole
 
 if sys.platform != "win32":
     import fcntl
@@ -32,9 +32,8 @@ CHUNKS_NAME = "chunks"
 LOCK_NAME = ".lock"
 SHARD = re.compile(r"([0-9]{5,})\.safetensors")
 # What `write_whole` and `writable_folder` leave behind when the process is killed inside them.
-TEMPORARY = re.compile(
-    rf"\.(({PLAN_NAME}|{JSON_NAME}|{TENSORS_NAME}|{SHARD.pattern})\.|writable-)[0-9]+"
-)
+WRITTEN = "|".join([*map(re.escape, (PLAN_NAME, JSON_NAME, TENSORS_NAME)), SHARD.pattern])
+TEMPORARY = re.compile(rf"\.(({WRITTEN})\.|writable-)[0-9]+")
 # The key of a shard's one line of metadata: chunk number, sweep, SHA-256 of the file.
 METADATA_KEY = "fastlens.chunk"
 NO_DIGEST = "0" * 64
@@ -199,13 +198,12 @@ def _shard_name(chunk: int) -> str:
 
 def _dump(path: Path, tensors: Mapping[str, Tensor], about: str) -> bytes:
     """The file's bytes; its digest is that of the file with zeros where the digest stands."""
-    # Copies, because safetensors refuses tensors that share memory or have strides.
+    # Copies: safetensors refuses tensors that share memory or have strides, and writes those that
+    # are conjugated lazily as if they were not.
     plain = {
-        name: tensor.detach().resolve_conj().resolve_neg().cpu().clone(
-            memory_format=torch.contiguous_format
-        )
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
-    }  # fmt: skip
+    }
     try:
         data = dump_tensors(plain, {METADATA_KEY: about + NO_DIGEST})
         # Some types can be written and not read.
@@ -355,9 +353,12 @@ def _listing(path: Path) -> list[str]:
 
 
 def _check_ours(path: Path) -> None:
-    """Refuse a folder that has files and no plan; hidden ones are nobody's work."""
+    """Refuse a folder that has files and no plan of ours; hidden files are nobody's work."""
     names = sorted(name for name in _listing(path) if not name.startswith("."))
-    if not names or PLAN_NAME in names:
+    if PLAN_NAME in names:
+        _read_plan(path / PLAN_NAME)
+        return
+    if not names:
         return
     if {JSON_NAME, TENSORS_NAME} & set(names):
         raise SourceError(

@@ -36,7 +36,7 @@ from fastlens.patching.patch_setters import (
     layer_pos_patch_setter,
     selection_of,
 )
-from fastlens.patching.sites import PER_HEAD, PER_PAIR, POS, Site
+from fastlens.patching.sites import PER_HEAD, POS, Site
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -233,9 +233,8 @@ def _runs(
     found: dict[str, Site] = {}
     for name in clean:
         site = site_of(name)
-        if site is None or (site.axes == PER_PAIR) != selection.of_pattern:
-            return None
-        if max(selection.axes) >= len(site.axes):
+        # An entry may select from the last axis (d_model), which is no axis of a site.
+        if site is None or max(selection.axes) >= len(site.axes):
             return None
         found[name] = site
     # A slice or a list in a user's frame selects several: the setter itself knows how.
@@ -325,7 +324,7 @@ def _one_by_one(
 ) -> Float[Tensor, " run"]:
     def patched(activation: Tensor, hook: Any, index: list[Any], name: str) -> Tensor:
         # Written into by most setters: never the tensor that the model or another hook holds.
-        activation = activation
+        activation = activation.clone()
         result = setter(activation, index, clean[name])
         return activation if result is None else result
 

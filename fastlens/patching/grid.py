@@ -6,6 +6,15 @@ from typing import Any
 
 from fastlens.errors import SweepError
 from fastlens.patching.model import PatchableModel
+from fastlens.patching.patch import (
+    Sources,
+    Value,
+    check_mode,
+    check_run,
+    check_source,
+    explicit_runs,
+    sizes_of,
+)
 from fastlens.patching.prompts import Prompts, position_labels
 from fastlens.patching.runs import Run, Selection, chosen, runs_of
 from fastlens.patching.sites import Site, find_site, n_heads, sweep_axes
@@ -15,7 +24,7 @@ from fastlens.patching.sites import Site, find_site, n_heads, sweep_axes
 class Grid:
     """The axes of the scores, and the runs that fill them."""
 
-    sites: list[Site]
+    named: list[str]
     axes: tuple[str, ...]
     labels: dict[str, list[str]]
     runs: list[Run]
@@ -33,8 +42,15 @@ class Grid:
                 (axis, self.labels[axis][i]) for axis, i in zip(self.axes, run.cell, strict=True)
             )
         ]
-        named = [] if "site" in self.axes else [run.site.name]
+        named = [] if self.axes[:1] in (("site",), ("run",)) else self.named
         return ", ".join([*named, *parts])
+
+
+def given_runs(model: PatchableModel, runs: Any, sources: Sources) -> Grid:
+    """A grid of one axis, ``run``, from runs given one by one."""
+    found, names = explicit_runs(runs, model, sources)
+    sites = list(dict.fromkeys(patch.site for run in found for patch in run.patches))
+    return Grid(sites, ("run",), {"run": names}, found)
 
 
 def grid_of(
@@ -43,15 +59,26 @@ def grid_of(
     sites: str | Sequence[str],
     by: str | Sequence[str] | None,
     restrictions: Mapping[str, Selection],
+    sources: Sources,
+    *,
+    source: Value = "other",
+    mode: str = "replace",
+    window: int = 1,
 ) -> Grid:
     """All runs of a sweep.
 
     Args:
-        restrictions: For the axes layer, pos, head and neuron, which entries; None is all.
+        restrictions: For the axes layer, pos, head, neuron and key_pos, which entries; None is all.
+        sources: Gets the source, if it is new.
+        source, mode: Of every patch; see `Patch`.
+        window: Layers patched together; see `runs_of`.
 
     Raises: SweepError for sites, axes or entries that the model or the prompts do not have.
     """
     cfg = model.cfg
+    check_mode(mode)
+    if window < 1:
+        raise SweepError(f"window={window} must be at least 1 layer.")
     names = [sites] if isinstance(sites, str) else list(sites)
     layers = chosen(restrictions["layer"], cfg.n_layers, "layers")
     found = [find_site(name, cfg, model.hook_dict, layers) for name in names]
@@ -67,20 +94,27 @@ def grid_of(
     labels: dict[str, list[str]] = {}
     runs: list[Run] = []
     for number, (site, site_axes) in enumerate(zip(found, axes, strict=True)):
-        sizes = {
-            "layer": cfg.n_layers,
-            "pos": prompts.n_pos,
-            "query_pos": prompts.n_pos,
-            "key_pos": prompts.n_pos,
-            "head": n_heads(site, cfg),
-            "neuron": cfg.d_mlp,
-        }
+        sizes = {"layer": cfg.n_layers, **sizes_of(site, cfg, prompts.n_pos)}
         restricted = _restricted(site, restrictions, sizes)
         indices = {
             axis: restricted.get(axis, list(range(sizes[axis]))) for axis in ("layer", *site.axes)
         }
         start = () if isinstance(sites, str) else (number,)
-        runs += runs_of(site, site_axes, indices, restricted, start)
+        if window > 1:
+            find_site(site.name, cfg, model.hook_dict, range(cfg.n_layers))
+        new = runs_of(
+            *(site, site_axes, indices, restricted),
+            cell_start=start,
+            window=window,
+            n_layers=cfg.n_layers,
+            value=sources.number_of(source),
+            mode=mode,
+        )
+        for layer in range(cfg.n_layers) if window > 1 else indices["layer"]:
+            one = new[0].patches[0]._replace(layer=layer)
+            check_source(sources.list[one.value], one, sizes, model, sources)
+        check_run(new[0], model)
+        runs += new
         texts = {axis: _labels(site, cfg, axis, indices[axis], tokens) for axis in site_axes}
         if labels and labels != texts:
             raise SweepError(
@@ -89,8 +123,9 @@ def grid_of(
             )
         labels = texts
     if isinstance(sites, str):
-        return Grid(found, axes[0], labels, runs)
-    return Grid(found, ("site", *axes[0]), {"site": [s.name for s in found], **labels}, runs)
+        return Grid([found[0].name], axes[0], labels, runs)
+    named = [site.name for site in found]
+    return Grid(named, ("site", *axes[0]), {"site": named, **labels}, runs)
 
 
 def _restricted(
@@ -99,6 +134,7 @@ def _restricted(
     """The axes of the activation that were restricted, and to which entries."""
     restricted = {}
     arguments = {"layer": "layers", "pos": "positions", "head": "heads", "neuron": "neurons"}
+    arguments["key_pos"] = "key_positions"
     for axis, selection in restrictions.items():
         if selection is None:
             continue

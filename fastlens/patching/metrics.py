@@ -1,4 +1,4 @@
-"""What a sweep measures: small functions of the logits at one position.
+"""What a sweep measures: small functions of the logits at one position of each example.
 
 Each is a `Metric`: call it with logits ``[batch, pos, d_vocab]`` and it gives one number per
 example. Answers are token ids or strings that are one token each; strings are looked up in the
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastlens.errors import MetricError, SweepError, TokenError
 from fastlens.patching.model import PatchableModel
 
+Position: TypeAlias = int | Sequence[int]
 Answer: TypeAlias = int | str | Sequence[int] | Sequence[str] | Int[Tensor, "..."]
 NORMALIZED_UNIT = "fraction of the clean-corrupted gap"
 
@@ -34,10 +35,12 @@ class Metric:
         formula: ``formula(rows [batch, d_vocab], *tokens [batch]) -> [batch]``.
         answers: The tokens the formula gets: ids, or strings until `bind`. One for all examples, or
             one per example.
-        position: Where the logits are read; negative counts from the end.
+        position: Where the logits are read, one for all or one per example; negative counts from
+            the end.
         normalize: In a sweep, report ``(value - corrupted) / (clean - corrupted)``: 0 is the
             corrupted run, 1 the clean one, whichever is patched into the other. The gap is that of
             the mean over examples. Calling the metric gives the plain value.
+        is_of_answers: The formula looks at the answers' logits alone.
         clean_log_probs: The clean run's log-probabilities at the position, where the formula needs
             them (``needs_clean``); set by `with_clean`.
     """
@@ -46,9 +49,10 @@ class Metric:
     unit: str
     formula: Callable[..., Tensor]
     answers: tuple[Answer, ...] = ()
-    position: int = -1
+    position: Position = -1
     normalize: bool = False
     needs_clean: bool = False
+    is_of_answers: bool = False
     clean_log_probs: Float[Tensor, "batch d_vocab"] | None = None
 
     @property
@@ -60,12 +64,28 @@ class Metric:
 
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         """The metric of each example, not normalised."""
-        if not -logits.shape[1] <= self.position < logits.shape[1]:
+        batch, n_pos = logits.shape[0], logits.shape[1]
+        positions = self.positions(batch, n_pos)
+        return self.of_rows(logits[torch.arange(batch, device=logits.device), positions])
+
+    def positions(self, batch: int, n_pos: int) -> list[int]:
+        """The position read of each example, counted from the start.
+
+        Raises: MetricError if one is out of range, or there is not one for each.
+        """
+        listed = [self.position] if isinstance(self.position, int) else list(self.position)
+        listed = listed * batch if len(listed) == 1 else listed
+        if len(listed) != batch:
             raise MetricError(
-                f"{self.name} reads position {self.position}, and the logits have "
-                f"{logits.shape[1]} positions."
+                f"{self.name} has {len(listed)} positions for {batch} examples. "
+                f"Give one for all, or one for each."
             )
-        return self.of_rows(logits[:, self.position])
+        for position in listed:
+            if not -n_pos <= position < n_pos:
+                raise MetricError(
+                    f"{self.name} reads position {position}, and the logits have {n_pos} positions."
+                )
+        return [position % n_pos for position in listed]
 
     def of_rows(self, rows: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
         """The metric from the logits at its position alone.
@@ -109,13 +129,40 @@ class Metric:
 
     def with_clean(self, clean_logits: Float[Tensor, "batch pos d_vocab"]) -> "Metric":
         """The metric with the clean run's distribution at its position to compare with."""
-        rows = clean_logits[:, self.position]
+        batch, n_pos = clean_logits.shape[0], clean_logits.shape[1]
+        examples = torch.arange(batch, device=clean_logits.device)
+        return self.with_clean_rows(clean_logits[examples, self.positions(batch, n_pos)])
+
+    def with_clean_rows(self, rows: Float[Tensor, "batch d_vocab"]) -> "Metric":
+        """As `with_clean`, from the clean run's logits at the metric's position alone."""
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         return replace(self, clean_log_probs=rows.to(wide).log_softmax(-1))
 
+    def of_many(
+        self,
+        rows: Float[Tensor, "row column"],
+        example: Int[Tensor, " row"],
+        columns: Int[Tensor, " column"] | None = None,
+    ) -> Float[Tensor, " row"]:
+        """The metric of any number of rows at once, each of some example. The metric is bound.
+
+        Args:
+            columns: The token ids that ``rows`` hold, rising; None is the whole vocabulary.
+        """
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        answers = []
+        for answer in self.answers:
+            assert isinstance(answer, Tensor)
+            ids = answer.to(rows.device).expand(int(example.max()) + 1)[example]
+            answers.append(ids if columns is None else torch.searchsorted(columns, ids))
+        if self.clean_log_probs is not None:
+            return self.formula(rows, self.clean_log_probs.to(rows)[example], *answers)
+        return self.formula(rows, *answers)
+
 
 def logit_diff(
-    answer: Answer, wrong: Answer, *, position: int = -1, normalize: bool = False
+    answer: Answer, wrong: Answer, *, position: Position = -1, normalize: bool = False
 ) -> Metric:
     """``logit[answer] - logit[wrong]``, in logits (Wang et al. 2211.00593).
 
@@ -125,25 +172,30 @@ def logit_diff(
         answer, wrong: Token id or one-token string, or one per example.
         position, normalize: See `Metric`.
     """
-    return Metric("logit difference", "logits", _difference, (answer, wrong), position, normalize)
+    return Metric(
+        *("logit difference", "logits", _difference, (answer, wrong), position, normalize),
+        is_of_answers=True,
+    )
 
 
-def answer_logit(answer: Answer, *, position: int = -1, normalize: bool = False) -> Metric:
+def answer_logit(answer: Answer, *, position: Position = -1, normalize: bool = False) -> Metric:
     """``logit[answer]``, in logits. A change that lifts every logit alike counts here."""
-    return Metric("answer logit", "logits", _pick, (answer,), position, normalize)
+    return Metric(
+        "answer logit", "logits", _pick, (answer,), position, normalize, is_of_answers=True
+    )
 
 
-def answer_prob(answer: Answer, *, position: int = -1, normalize: bool = False) -> Metric:
+def answer_prob(answer: Answer, *, position: Position = -1, normalize: bool = False) -> Metric:
     """``softmax(logits)[answer]``, a probability (Meng et al. 2202.05262)."""
     return Metric("answer probability", "probability", _prob, (answer,), position, normalize)
 
 
-def cross_entropy(answer: Answer, *, position: int = -1, normalize: bool = False) -> Metric:
+def cross_entropy(answer: Answer, *, position: Position = -1, normalize: bool = False) -> Metric:
     """``-log softmax(logits)[answer]``, in nats: the loss on that next token."""
     return Metric("cross-entropy", "nats", _cross_entropy, (answer,), position, normalize)
 
 
-def kl_divergence(*, position: int = -1, normalize: bool = False) -> Metric:
+def kl_divergence(*, position: Position = -1, normalize: bool = False) -> Metric:
     """``KL(clean || patched)`` of the next-token distributions, in nats (Conmy et al. 2304.14997).
 
     Zero where the patched run predicts what the clean run predicts. Needs no answer.
@@ -207,24 +259,21 @@ class Reading:
         metric: Bound `Metric`, or any pure ``f(logits [batch, pos, d_vocab])`` that returns a
             scalar or ``[batch]``.
         batch: Examples per run.
-        position: The only position whose logits are needed, or None for all.
+        positions: For a `Metric`, the position it reads of each example; None for a function.
         name: What to call the metric in titles and messages.
+        normalize: Report fractions of the gap between clean and corrupted run.
     """
 
     metric: Callable[[Any], Any]
     batch: int
-    position: int | None
+    positions: tuple[int, ...] | None
     name: str
+    normalize: bool = False
 
     @property
     def unit(self) -> str:
         """Of the plain value; a user's function has none."""
         return self.metric.unit if isinstance(self.metric, Metric) else ""
-
-    @property
-    def normalize(self) -> bool:
-        """Whether the sweep reports fractions of the gap."""
-        return isinstance(self.metric, Metric) and self.metric.normalize
 
     def with_clean(self, clean_logits: Float[Tensor, "batch pos d_vocab"]) -> "Reading":
         """The reading with the clean run's distribution, where the metric compares with it."""
@@ -240,17 +289,26 @@ class Reading:
 
         Raises: MetricError for another shape, a type that is no number, or NaN.
         """
-        return self._checked(self.metric(logits), run)
+        return self.checked(self.metric(logits), run)
 
-    def of_needed(self, logits: Float[Tensor, "batch needed_pos d_vocab"], run: str) -> Tensor:
-        """As `of_logits`, where the logits hold only the positions that are needed."""
-        if isinstance(self.metric, Metric):
-            return self._checked(self.metric.of_rows(logits[:, 0]), run)
-        return self.of_logits(logits, run)
+    def checked(self, value: Any, run: str) -> Shaped[Tensor, "..."]:
+        """What the metric returned, on the CPU in at least 32 bits.
 
-    def _checked(self, value: Any, run: str) -> Shaped[Tensor, "..."]:
+        Raises: MetricError as `of_logits`.
+        """
         if isinstance(value, (int, float)):
             value = torch.tensor(float(value), dtype=torch.float64)
+        self.check_shape(value, run)
+        value = (value if value.requires_grad else value.detach()).cpu()
+        value = value if value.is_floating_point() else value.float()
+        if bool(value.isnan().any()):
+            raise MetricError(f"the metric {self.name!r} returned NaN for {run}.")
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+    def check_shape(self, value: Any, run: str) -> None:
+        """Raises: MetricError unless the value is a real scalar or ``[batch]``."""
+        if isinstance(value, int | float):
+            return
         if not isinstance(value, Tensor) or value.is_complex():
             raise MetricError(
                 f"the metric {self.name!r} returned {type(value).__name__} for {run}; it must "
@@ -261,18 +319,21 @@ class Reading:
                 f"the metric {self.name!r} returned shape {list(value.shape)} for {run}; it must "
                 f"return a scalar or [batch] = [{self.batch}]. Reduce the other axes in it."
             )
-        value = value.detach().cpu()
-        value = value if value.is_floating_point() else value.float()
-        if bool(value.isnan().any()):
-            raise MetricError(f"the metric {self.name!r} returned NaN for {run}.")
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+    def refuse_nan(self, values: Float[Tensor, "run batch"], runs: Sequence[str]) -> None:
+        """Raises: MetricError naming the first run whose value is NaN."""
+        wrong = values.isnan().any(1).nonzero()
+        if len(wrong):
+            raise MetricError(
+                f"the metric {self.name!r} returned NaN for {runs[int(wrong[0])]}."
+            )
 
 
 def reading_of(metric: Any, model: PatchableModel, n_pos: int, batch: int) -> Reading:
     """The metric ready to be called, its strings looked up; `Reading.with_clean` completes it.
 
-    Raises: SweepError for a position the prompts do not have, or something that is no metric;
-        TokenError, MetricError for answers that do not fit.
+    Raises: SweepError for something that is no metric; TokenError, MetricError for answers or
+        positions that do not fit.
     """
     if not callable(metric):
         raise SweepError(
@@ -282,10 +343,7 @@ def reading_of(metric: Any, model: PatchableModel, n_pos: int, batch: int) -> Re
     if not isinstance(metric, Metric):
         named = getattr(metric, "name", None) or getattr(metric, "__name__", "<lambda>")
         return Reading(metric, batch, None, "metric" if named == "<lambda>" else str(named))
-    if not -n_pos <= metric.position < n_pos:
-        raise SweepError(
-            f"{metric.name} reads position {metric.position}, and the prompts have {n_pos} tokens."
-        )
+    positions = tuple(metric.positions(batch, n_pos))
     bound = metric.bind(model)
     for answer in bound.answers:
         assert isinstance(answer, Tensor)
@@ -294,4 +352,4 @@ def reading_of(metric: Any, model: PatchableModel, n_pos: int, batch: int) -> Re
                 f"{metric.name} has {answer.numel()} answers for {batch} examples. "
                 f"Give one for all, or one for each."
             )
-    return Reading(bound, batch, metric.position % n_pos, metric.label)
+    return Reading(bound, batch, positions, metric.label, metric.normalize)

@@ -274,6 +274,7 @@ class Plan:
         order: Runs that are computed, in the order in which they join.
         chunks: ``order`` in parts that fit the memory.
         counts: ``[layer, counted]`` of all computed runs, base runs left out.
+        rows, entries: Most rows, and first layer, of each run in ``order``.
     """
 
     frame: Frame
@@ -284,8 +285,8 @@ class Plan:
     order: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
-    _rows: list[int] = field(default_factory=list)
-    _entry: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
 
     def split(self, memory: int) -> None:
         """Cut the order into chunks that stay within ``memory`` bytes.
@@ -296,7 +297,7 @@ class Plan:
         if not self.order:
             return
         row, fixed = self.row_bytes, self.fixed_bytes
-        largest = max(self._rows)
+        largest = max(self.rows)
         if fixed + largest * row > memory:
             raise SweepError(
                 f"memory={memory:,} bytes is too little: the base run takes {fixed:,} and the "
@@ -306,7 +307,7 @@ class Plan:
         part: list[int] = []
         held = 0
         first = 0
-        for number, rows, layer in zip(self.order, self._rows, self._entry, strict=True):
+        for number, rows, layer in zip(self.order, self.rows, self.entries, strict=True):
             if part and held + rows > room:
                 self.chunks.append(Chunk(part, first, held))
                 part, held = [], 0
@@ -406,15 +407,15 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
             plan.why_not[number] = reason
     found.sort()
     plan.order = [number for _, _, number, _ in found]
-    plan._rows = [rows for _, _, _, rows in found]
-    plan._entry = [entry[0] for entry, _, _, _ in found]
+    plan.rows = [rows for _, _, _, rows in found]
+    plan.entries = [entry[0] for entry, _, _, _ in found]
     plan.counts = np.zeros((frame.n_layers, len(COUNTED)), dtype=np.int64)
     for profile, times in totals.values():
         plan.counts += profile.counts * times
     if memory is not None:
         plan.split(memory)
     elif plan.order:
-        plan.chunks = [Chunk(plan.order, plan._entry[0], sum(plan._rows))]
+        plan.chunks = [Chunk(plan.order, plan.entries[0], sum(plan.rows))]
     return plan
 
 

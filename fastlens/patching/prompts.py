@@ -18,10 +18,17 @@ Direction: TypeAlias = Literal["denoising", "noising"]
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Clean and corrupted tokens, position by position comparable."""
+    """Clean and corrupted tokens, position by position comparable.
+
+    Attributes:
+        mask: 0 for padding, the same for both; None lets the model see to it.
+        is_padded: Whether pairs of different lengths were padded here, on the left.
+    """
 
     clean: Int[Tensor, "batch pos"]
     corrupted: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"] | None = None
+    is_padded: bool = False
 
     @property
     def batch(self) -> int:
@@ -40,11 +47,19 @@ class Prompts:
         return self.clean, self.corrupted
 
 
-def prompts_of(model: PatchableModel, clean: Any, corrupted: Any) -> Prompts:
+def prompts_of(
+    model: PatchableModel, clean: Any, corrupted: Any, attention_mask: Any = None
+) -> Prompts:
     """Both prompts (see `Prompt`) as tokens.
 
-    Raises: SweepError if their token counts differ (both tokenizations are shown), or the number
-        of prompts; TokenError for ids outside the vocabulary.
+    Pairs of different lengths are padded on the left, so that the last position is each prompt's
+    last token.
+
+    Args:
+        attention_mask: 0 for padding in tokens given as ``[batch, pos]``.
+
+    Raises: SweepError if a pair's token counts differ (both tokenizations are shown), or the number
+        of prompts, or if the mask does not fit; TokenError for ids outside the vocabulary.
     """
     clean_rows = _rows(model, clean, "clean")
     corrupted_rows = _rows(model, corrupted, "corrupted")
@@ -61,23 +76,55 @@ def prompts_of(model: PatchableModel, clean: Any, corrupted: Any) -> Prompts:
                 f"patching goes position by position. Reword one until they line up.\n{shown}"
             )
     lengths = sorted({len(row) for row in clean_rows})
-    if len(lengths) > 1:
+    if not 0 < lengths[0] or lengths[-1] > model.cfg.n_ctx:
         raise SweepError(
-            f"the pairs have {', '.join(map(str, lengths))} tokens. One sweep needs pairs of one "
-            f"length: sweep each length by itself."
+            f"the prompts have {', '.join(map(str, lengths))} tokens; the model takes 1 to "
+            f"{model.cfg.n_ctx}."
         )
-    if not 0 < lengths[0] <= model.cfg.n_ctx:
+    if len(lengths) == 1:
+        mask = _checked_mask(attention_mask, torch.stack(clean_rows))
+        return Prompts(torch.stack(clean_rows), torch.stack(corrupted_rows), mask)
+    if attention_mask is not None:
+        raise SweepError("attention_mask goes with tokens [batch, pos], not with ragged prompts.")
+    pad = _pad_token(model)
+    masks = [torch.ones_like(row) for row in clean_rows]
+    return Prompts(
+        _padded(clean_rows, pad), _padded(corrupted_rows, pad), _padded(masks, 0), is_padded=True
+    )
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.stack(
+        [torch.cat([row.new_full((longest - len(row),), value), row]) for row in rows]
+    )
+
+
+def _pad_token(model: PatchableModel) -> int:
+    """A token to fill with; it is masked, so any will do."""
+    token = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    return 0 if token is None or not 0 <= token < model.cfg.d_vocab else int(token)
+
+
+def _checked_mask(mask: Any, tokens: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask, device=tokens.device)
+    if mask.shape != tokens.shape:
         raise SweepError(
-            f"the prompts have {lengths[0]} tokens; the model takes 1 to {model.cfg.n_ctx}."
+            f"attention_mask has shape {list(mask.shape)}, the prompts {list(tokens.shape)}: they "
+            f"must be the same."
         )
-    return Prompts(torch.stack(clean_rows), torch.stack(corrupted_rows))
+    return mask.long()
 
 
 def position_labels(model: PatchableModel, prompts: Prompts) -> list[str]:
     """``"The:0"``: the token and its position; ``"Eiffel/Colosseum:1"`` (clean/corrupted) where
     the prompts differ, the bare position where pairs differ among themselves or there is no
-    tokenizer."""
+    tokenizer, counted from the end where pairs have different lengths."""
     numbers = [str(position) for position in range(prompts.n_pos)]
+    if prompts.is_padded:
+        return [str(position - prompts.n_pos) for position in range(prompts.n_pos)]
     if getattr(model, "tokenizer", None) is None:
         return numbers
     labels = []

@@ -389,10 +389,14 @@ def test_true_is_not_one(tmp_path):
 )
 def test_a_plan_that_is_not_ours_is_refused(tmp_path, text, sentence):
     (tmp_path / PLAN_NAME).write_bytes(text.encode("latin-1"))
+    (tmp_path / f".{PLAN_NAME}.1").write_text("mine")
     with pytest.raises(SourceError, match=sentence):
         opened(tmp_path)
     assert (tmp_path / PLAN_NAME).read_bytes() == text.encode("latin-1")
     assert not (tmp_path / CHUNKS_NAME).exists()
+    # Nothing of ours is put into a folder that is not, and nothing is taken away.
+    if "was changed" not in sentence:
+        assert sorted(p.name for p in tmp_path.iterdir()) == [f".{PLAN_NAME}.1", PLAN_NAME]
 
 
 def test_an_edited_layout_is_noticed(tmp_path):

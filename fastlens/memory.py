@@ -1,0 +1,69 @@
+"""How much memory there is, and how users say how much of it may be taken."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from fastlens.errors import ConfigError
+
+# What is taken for granted where the system does not say.
+UNKNOWN_BYTES = 2 * 2**30
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def free_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that can be taken on a device now without swapping."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_available(), _left_to_container()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else UNKNOWN_BYTES
+
+
+def bytes_of(amount: int | str) -> int:
+    """``"2GiB"``, ``"500 MB"`` or a number, in bytes.
+
+    Raises: ConfigError for anything else, or less than one byte.
+    """
+    if isinstance(amount, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
+        if found is None or found[2].upper() not in _UNITS:
+            raise ConfigError(
+                f"memory {amount!r} is no amount. Write bytes as a number, or as '500MB', '2GiB'."
+            )
+        amount = int(float(found[1]) * _UNITS[found[2].upper()])
+    if amount < 1:
+        raise ConfigError(f"memory must be at least one byte; got {amount}.")
+    return int(amount)
+
+
+def said_bytes(n: int | float) -> str:
+    """A number of bytes for people: ``"1.5 GiB"``."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} bytes" if unit == "bytes" else f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.3g} TiB"
+
+
+def _available() -> int | None:
+    """What Linux says is free or can be freed."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text(encoding="ascii"))
+    return None if found is None else int(found[1]) * 1024
+
+
+def _left_to_container() -> int | None:
+    """What a control group leaves; None without a limit."""
+    root = Path("/sys/fs/cgroup")
+    limit, used = root / "memory.max", root / "memory.current"
+    try:
+        most = limit.read_text(encoding="ascii").strip()
+        return None if most == "max" else int(most) - int(used.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None

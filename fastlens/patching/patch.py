@@ -1,0 +1,233 @@
+"""`Patch`: one change to one activation, as users write it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastlens.errors import SweepError, did_you_mean
+from fastlens.patching.model import PatchableModel
+from fastlens.patching.runs import FIELD_OF_AXIS, PlannedPatch, Run, Selection, chosen
+from fastlens.patching.sites import SITES, Site, find_site, n_heads
+from fastlens.patching.sources import Source
+
+Value: TypeAlias = str | float | Tensor | Mapping[str, Tensor]
+MODES = ("replace", "add", "scale")
+NAMED = ("other", "zero", "mean", "resample")
+SPLIT_INPUTS = ("q_input", "k_input", "v_input")
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """What one patch changes, and to what. Several in one run act together.
+
+    >>> ablate = [Patch("z", 9, head=[6, 9], source="zero"), Patch("z", 10, head=0, source="zero")]
+    >>> steer = Patch("resid_post", 12, source=direction, mode="add")
+
+    Attributes:
+        site, layer: The activation; a site is a name as in `sweep`, a layer may count from the end.
+        pos: Positions (query positions of a pattern); None is all.
+        head: Heads, KV heads for ``k`` and ``v``; None is all.
+        neuron: Neurons of an MLP site; None is all.
+        key_pos: Key positions of a pattern; None is all.
+        source: Where the value comes from. ``"other"``: the other prompt, same example, same place.
+            ``"zero"``. ``"mean"``: the mean over the other prompt's examples, place by place.
+            ``"resample"``: the other prompt of another example, drawn once for the sweep.
+            A number. A tensor, broadcast against ``[batch, *what is selected along each axis,
+            width]``. A cache: hook name -> activation of prompts of the same shape.
+        mode: ``"replace"`` the activation by that value, ``"add"`` it, or ``"scale"`` by it. These
+            act on what the run holds there after its earlier patches.
+    """
+
+    site: str
+    layer: int
+    pos: Selection = None
+    head: Selection = None
+    neuron: Selection = None
+    key_pos: Selection = None
+    source: Value = "other"
+    mode: str = "replace"
+
+
+class Sources:
+    """The sources that a sweep's patches name, each once; the first is the other prompt."""
+
+    def __init__(self, batch: int, n_pos: int, seed: int):
+        self.batch = batch
+        self.n_pos = n_pos
+        self.seed = seed
+        self.list: list[Source] = [Source("other", "the other prompt")]
+        self._known: dict[Any, int] = {"other": 0}
+
+    def number_of(self, value: Value) -> int:
+        """The number of a source, which is checked and added if it is new.
+
+        Raises: SweepError for something that is no source.
+        """
+        key = value if isinstance(value, str | float | int) else id(value)
+        if key not in self._known:
+            self.list.append(self._made(value))
+            self._known[key] = len(self.list) - 1
+        return self._known[key]
+
+    def _made(self, value: Value) -> Source:
+        if isinstance(value, str):
+            return self._named(value)
+        if isinstance(value, int | float):
+            return Source("number", f"the number {value:g}", number=float(value))
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                raise SweepError(f"a source tensor must hold floats; got {value.dtype}.")
+            if bool(value.isnan().any()):
+                raise SweepError(f"the source tensor of shape {list(value.shape)} holds NaN.")
+            return Source("tensor", f"a tensor {list(value.shape)}", tensor=value)
+        if hasattr(value, "__getitem__") and hasattr(value, "keys"):
+            return Source("cache", "a cache", cache=value)
+        raise SweepError(
+            f"source={value!r} is no source. Give one of {', '.join(NAMED)}, a number, a tensor, "
+            f"or a cache of activations."
+        )
+
+    def _named(self, name: str) -> Source:
+        if name not in NAMED:
+            raise SweepError(
+                f"source={name!r} is none of {', '.join(NAMED)}.{did_you_mean(name, NAMED)}"
+            )
+        if name == "zero":
+            return Source("number", "zero", number=0.0)
+        if name == "mean":
+            return Source("mean", "the mean over examples")
+        if self.batch < 2:
+            raise SweepError(
+                "source='resample' takes another example's activation, and there is only one "
+                "pair of prompts. Give at least two."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(self.batch, generator=generator)
+        # Along one random cycle nobody takes its own.
+        permutation = torch.empty_like(order)
+        permutation[order] = order.roll(1)
+        return Source("resample", f"another example (seed {self.seed})", permutation=permutation)
+
+
+def planned(patch: Patch, model: PatchableModel, sources: Sources) -> PlannedPatch:
+    """A patch with its site found, its selections checked and its source numbered.
+
+    Raises: SweepError for a site, layer, entry, source or mode that does not exist or fit.
+    """
+    if not isinstance(patch, Patch):
+        raise SweepError(f"a run is a Patch or a list of them; got {patch!r}.")
+    cfg = model.cfg
+    layer = chosen(patch.layer, cfg.n_layers, "layer")[0]
+    site = find_site(patch.site, cfg, model.hook_dict, [layer])
+    check_mode(patch.mode)
+    sizes = sizes_of(site, cfg, sources.n_pos)
+    arguments = {"pos": patch.pos, "head": patch.head, "neuron": patch.neuron}
+    fields: dict[str, Any] = {}
+    for argument, selection in (*arguments.items(), ("key_pos", patch.key_pos)):
+        if selection is None:
+            continue
+        axis = "query_pos" if argument == "pos" and "query_pos" in site.axes else argument
+        if axis not in site.axes:
+            raise SweepError(
+                f"{argument}= was given, but {site.name} is indexed by {', '.join(site.axes)}."
+            )
+        fields[FIELD_OF_AXIS[axis]] = tuple(chosen(selection, sizes[axis], argument))
+    number = sources.number_of(patch.source)
+    result = PlannedPatch(site.name, layer, value=number, mode=patch.mode, **fields)
+    check_source(sources.list[number], result, sizes, model, sources)
+    return result
+
+
+def check_mode(mode: str) -> None:
+    """Raises: SweepError for an unknown mode."""
+    if mode not in MODES:
+        raise SweepError(f"mode={mode!r} is none of {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
+
+
+def sizes_of(site: Site, cfg: Any, n_pos: int) -> dict[str, int]:
+    """Length of every axis a site may have."""
+    return {
+        **dict.fromkeys(("pos", "query_pos", "key_pos"), n_pos),
+        "head": n_heads(site, cfg),
+        "neuron": cfg.d_mlp or 0,
+    }
+
+
+def check_source(
+    source: Source,
+    patch: PlannedPatch,
+    sizes: Mapping[str, int],
+    model: PatchableModel,
+    sources: Sources,
+) -> None:
+    """Raises: SweepError if a tensor does not broadcast over the patch, or a cache lacks it."""
+    site = SITES[patch.site]
+    if source.kind == "tensor":
+        assert source.tensor is not None
+        shape = [sources.batch]
+        for axis, index in zip(site.axes, patch.indices(), strict=True):
+            shape.append(sizes[axis] if index is None else len(index))
+        if site.axes[-1] not in ("neuron", "key_pos"):
+            in_heads = site.axes[-1] == "head" and not site.name.endswith(("_in", "_input"))
+            in_heads = in_heads and site.name != "result"
+            shape.append(model.cfg.d_head if in_heads else model.cfg.d_model)
+        try:
+            source.tensor.expand(shape)
+        except RuntimeError as error:
+            raise SweepError(
+                f"the source tensor {list(source.tensor.shape)} does not broadcast over what "
+                f"{patch.site} of layer {patch.layer} patches: [batch, {', '.join(site.axes)}"
+                f"{'' if len(shape) == 1 + len(site.axes) else ', width'}] = {shape}."
+            ) from error
+    elif source.kind == "cache":
+        assert source.cache is not None
+        if patch.hook_name not in source.cache.keys():  # noqa: SIM118
+            raise SweepError(
+                f"the cache holds no {patch.hook_name}. Run model.run_with_cache with a "
+                f"names_filter that keeps it.{did_you_mean(patch.hook_name, source.cache.keys())}"
+            )
+        found = tuple(source.cache[patch.hook_name].shape[: 1 + len(site.axes)])
+        wanted = (sources.batch, *(sizes[axis] for axis in site.axes))
+        if found != wanted:
+            raise SweepError(
+                f"{patch.hook_name} in the cache is {list(found)} over batch and "
+                f"{', '.join(site.axes)}; the prompts need {list(wanted)}."
+            )
+
+
+def check_run(run: Run, model: PatchableModel) -> None:
+    """Raises: SweepError if patches of one run do not go together."""
+    sites = {patch.site for patch in run.patches}
+    split = model.cfg.use_split_qkv_input or not sites.isdisjoint(SPLIT_INPUTS)
+    if "attn_in" in sites and split:
+        raise SweepError(
+            "attn_in is not read while queries, keys and values have inputs of their own "
+            "(q_input, k_input, v_input; cfg.use_split_qkv_input). Patch those instead."
+        )
+
+
+def explicit_runs(
+    runs: Sequence[Any] | Mapping[str, Any], model: PatchableModel, sources: Sources
+) -> tuple[list[Run], list[str]]:
+    """Runs given one by one, each a `Patch` or a list of them, and their names.
+
+    Raises: SweepError as `planned`, with the run's name.
+    """
+    named = dict(runs) if isinstance(runs, Mapping) else {str(i): run for i, run in enumerate(runs)}
+    if not named:
+        raise SweepError("runs= is empty. Give at least one Patch.")
+    found = []
+    for number, (name, patches) in enumerate(named.items()):
+        listed = [patches] if isinstance(patches, Patch) else list(patches)
+        if not listed:
+            raise SweepError(f"run {name} has no patches.")
+        try:
+            run = Run((number,), tuple(planned(patch, model, sources) for patch in listed))
+            check_run(run, model)
+        except SweepError as error:
+            raise SweepError(f"run {name}: {error}") from error
+        found.append(run)
+    return found, [str(name) for name in named]

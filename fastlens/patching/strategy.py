@@ -1,0 +1,73 @@
+"""Which of the exact ways to run a sweep a model allows, best first, and why not a better one."""
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from fastlens.components.rows import foreign_part
+from fastlens.hooks.point import HookPoint
+from fastlens.model.hooked_transformer import HookedTransformer
+from fastlens.patching.model import PatchableModel, modules_with_hooks
+
+WAVE = "wave"
+LAYER_SKIP = "layer skip"
+STACKED = "stacked forwards"
+ALONE = "one forward per run"
+# Methods that say what the model computes; a subclass or an instance may have replaced one.
+_METHODS = ("__call__", "forward", "input_to_embed", "get_residual")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How runs are made.
+
+    Attributes:
+        name: ``"wave"``: one pass over the layers for all runs, rows before a run's first patched
+            position shared with the base run. ``"layer skip"``: the same pass, but every row of a
+            run is its own from its first attention on. ``"stacked forwards"``: runs stacked in the
+            batch of hooked forwards, from their first layer on. ``"one forward per run"``.
+        because: Why not a better one; empty for the wave.
+    """
+
+    name: str
+    because: str = ""
+
+    @property
+    def is_wave(self) -> bool:
+        """Whether the wave runs it, with or without shared prefixes."""
+        return self.name in (WAVE, LAYER_SKIP)
+
+
+def strategy_of(model: PatchableModel, *, needs_gradients: bool = False) -> Strategy:
+    """The best exact way for this model as it is now."""
+    if needs_gradients:
+        return Strategy(ALONE, "a source tensor requires gradients")
+    assert isinstance(model, nn.Module)
+    hooked = modules_with_hooks(model)
+    if hooked:
+        return Strategy(ALONE, f"hooks are on {len(hooked)} modules, first {hooked[0]}")
+    foreign = _foreign(model)
+    if foreign is not None:
+        return Strategy(STACKED, f"{foreign}, and what it computes is not known")
+    if model.cfg.attention_dir != "causal":
+        return Strategy(LAYER_SKIP, "attention is bidirectional: a patch reaches every position")
+    return Strategy(WAVE)
+
+
+def _foreign(model: nn.Module) -> str | None:
+    if not isinstance(model, HookedTransformer):
+        return f"the model is a {type(model).__name__} of another library"
+    for method in _METHODS:
+        ours = getattr(HookedTransformer, method)
+        if getattr(type(model), method) is not ours or method in vars(model):
+            return f"{type(model).__name__}.{method} was replaced"
+    odd = foreign_part(model)
+    if odd is not None:
+        return odd
+    for name, leaf in model.named_parameters():
+        if leaf.dtype != model.cfg.dtype:
+            return f"{name} is {leaf.dtype} in a {model.cfg.dtype} model"
+    for name, module in model.named_modules():
+        if isinstance(module, HookPoint) and type(module) is not HookPoint:
+            return f"{name} is a {type(module).__name__}"
+    return None
