@@ -59,7 +59,7 @@ def _test(equal: dict[str, np.ndarray]) -> NullTest:
         axes = SITES[patch.site].axes
         for axis, index in zip(axes, patch.indices(), strict=True):
             at = axes.index(axis)
-            if index is not None and not axis.endswith("pos") or (
+            if (index is not None and not axis.endswith("pos")) or (
                 axis == "key_pos" and index is not None
             ):
                 same = np.take(same, index, axis=at)

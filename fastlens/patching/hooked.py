@@ -206,10 +206,7 @@ def _check_fired(hooks: Sequence[_PatchHook]) -> None:
 def places_of(runs: Sequence[Run], sources: Sequence[Source]) -> list[str]:
     """Hook names at which runs read the other prompt."""
     names = {
-        patch.hook_name
-        for run in runs
-        for patch in run.patches
-        if sources[patch.value].reads_other
+        patch.hook_name for run in runs for patch in run.patches if sources[patch.value].reads_other
     }
     return sorted(names)
 

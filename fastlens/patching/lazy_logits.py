@@ -528,10 +528,9 @@ def _picked(ids: Tensor, entries: list[Any], shape: Shape, n_axes: int) -> Tenso
             continue
         varies = ids.shape[axis] == shape[axis]
         axis += 1
-        if isinstance(entry, Tensor):
+        if not varies and isinstance(entry, Tensor):
             # As many axes as all of them have together, for the result to have its axes in place.
-            missing = (1,) * (n_axes - entry.ndim)
-            entry = entry.reshape(missing + entry.shape) if varies else _ids(1).view((1,) * n_axes)
+            entry = _ids(1).view((1,) * n_axes)
         elif not varies:
             entry = 0 if isinstance(entry, int) else slice(None)
         own.append(entry)

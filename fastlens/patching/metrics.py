@@ -324,9 +324,7 @@ class Reading:
         """Raises: MetricError naming the first run whose value is NaN."""
         wrong = values.isnan().any(1).nonzero()
         if len(wrong):
-            raise MetricError(
-                f"the metric {self.name!r} returned NaN for {runs[int(wrong[0])]}."
-            )
+            raise MetricError(f"the metric {self.name!r} returned NaN for {runs[int(wrong[0])]}.")
 
 
 def reading_of(metric: Any, model: PatchableModel, n_pos: int, batch: int) -> Reading:

@@ -34,12 +34,12 @@ class Pack:
     def of(
         cls, example: Int[Tensor, " branch"], own: Bool[Tensor, "branch pos"], batch: int
     ) -> "Pack":
-        """A pack of the rows in ``own``, branch by branch; the first ``batch`` branches are whole."""
+        """A pack of the rows in ``own``, branch by branch; the first ``batch`` ones are whole."""
         found = own.nonzero()
-        pack = cls(example, torch.empty(0), own, found[:, 0], found[:, 1])  # type: ignore[arg-type]
-        pack.table = torch.arange(batch * own.shape[1], device=own.device).view(batch, -1)[example]
-        pack.table[own] = torch.arange(len(found), device=own.device)
-        return pack
+        rows = torch.arange(batch * own.shape[1], device=own.device).view(batch, -1)
+        table = rows[example]
+        table[own] = torch.arange(len(found), device=own.device)
+        return cls(example, table, own, found[:, 0], found[:, 1])
 
     def __len__(self) -> int:
         return self.branch.shape[0]
@@ -60,7 +60,9 @@ class Pack:
         self.pos = torch.cat([self.pos, pos])
         return copied
 
-    def mask(self, branch: Int[Tensor, " entry"], pos: Int[Tensor, " entry"]) -> Bool[Tensor, "b p"]:
+    def mask(
+        self, branch: Int[Tensor, " entry"], pos: Int[Tensor, " entry"]
+    ) -> Bool[Tensor, "branch pos"]:
         """These entries as a mask over the table."""
         mask = torch.zeros_like(self.own)
         mask[branch, pos] = True

@@ -376,7 +376,7 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
     plan = Plan(frame, runs)
     known: dict[tuple[PlannedPatch, ...], int] = {}
     totals: dict[int, tuple[Profile, int]] = {}
-    profiles: dict[tuple, Profile | None | str] = {}
+    profiles: dict[tuple, Profile | str] = {}
     examples = _kinds_of_example(frame)
     found: list[tuple[tuple[int, int], int, int, int]] = []
     for number, run in enumerate(runs):

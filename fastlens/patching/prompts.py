@@ -76,7 +76,7 @@ def prompts_of(
                 f"patching goes position by position. Reword one until they line up.\n{shown}"
             )
     lengths = sorted({len(row) for row in clean_rows})
-    if not 0 < lengths[0] or lengths[-1] > model.cfg.n_ctx:
+    if not lengths[0] > 0 or lengths[-1] > model.cfg.n_ctx:
         raise SweepError(
             f"the prompts have {', '.join(map(str, lengths))} tokens; the model takes 1 to "
             f"{model.cfg.n_ctx}."

@@ -151,7 +151,7 @@ def explained(query: SweepPlan) -> str:
         return "\n".join(lines)
     lines.append(f"computed: {summary['computed']:,} runs in {len(plan.chunks):,} chunks")
     said = {
-        "null": "the new values are the old ones (the prompts agree there, or the values are equal)",
+        "null": "the new values are the old ones (the prompts agree so far, or values are equal)",
         "dead": "no logit that is read can see them",
         "same": "equal to another run (resid_post is the next layer's resid_pre)",
     }

@@ -39,7 +39,10 @@ class Source:
         return self.kind in ("other", "resample", "mean")
 
     def of_examples(
-        self, read: Callable[[Int[Tensor, " entry"]], Tensor], example: Int[Tensor, " entry"], n: int
+        self,
+        read: Callable[[Int[Tensor, " entry"]], Tensor],
+        example: Int[Tensor, " entry"],
+        n: int,
     ) -> Float[Tensor, "entry ..."]:
         """The value where it comes from the other prompt.
 

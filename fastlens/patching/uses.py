@@ -94,10 +94,7 @@ def uses_of(plan: Plan, chunk: Chunk) -> ChunkUse:
             if columns is None and patch.site in BY_ENTRY:
                 is_kv = SITES[patch.site].is_per_kv_head
                 columns = tuple(range(frame.n_kv_heads if is_kv else frame.n_heads))
-            selected = tuple(
-                None if index is None else len(index)
-                for index in (patch.pos, patch.columns, patch.keys)
-            )
+            selected = _length(patch.pos), _length(patch.columns), _length(patch.keys)
             key = rank, patch.value, patch.mode, columns is None, patch.keys, selected
             at_site.setdefault(key, _Growing()).add(branch, patch.pos, columns, mask)
     entries = {
@@ -108,6 +105,10 @@ def uses_of(plan: Plan, chunk: Chunk) -> ChunkUse:
         for place, sites in groups.items()
     }
     return ChunkUse(branch_of, example_of, entries)
+
+
+def _length(index: Index) -> int | None:
+    return None if index is None else len(index)
 
 
 def _rank(item: tuple[tuple, "_Growing"]) -> int:
@@ -130,13 +131,13 @@ class _Growing:
         pos_rank: list[int] = []
         column: list[int] = []
         column_rank: list[int] = []
-        for number, selected, columns, mask in self.uses:
+        for number, positions, columns, mask in self.uses:
             columns = columns or (-1,)
             n = len(columns)
             for position in positions_of(mask):
                 branch += [number] * n
                 pos += [position] * n
-                rank = position if selected is None else selected.index(position)
+                rank = position if positions is None else positions.index(position)
                 pos_rank += [rank] * n
                 column += columns
                 column_rank += range(n)

@@ -6,7 +6,6 @@ patch is in the layer join there. See `fastlens.patching.pack` for how rows are 
 `fastlens.patching.plan` for which runs are here at all.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,28 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlens.components.attention import AbstractAttention
-from fastlens.components.rows import (
-    finished_qkv,
-    mlp_output,
-    normalized,
-    output_of_heads,
-    projected,
-    projected_heads,
-    result_of_heads,
-)
-from fastlens.kernels.reference import score_rows
-from fastlens.ops.attention import attention
-from fastlens.patching.pack import Pack, regrouped, spans_of
+from fastlens.patching.pack import Pack
 from fastlens.patching.plan import COUNTED, Frame
-from fastlens.patching.sites import SITES
-from fastlens.patching.sources import Source, applied
-from fastlens.patching.uses import ChunkUse, Entries
-
-# Keys and values that one piece of attention gathers, bytes.
-GATHER_BYTES = 24 * 2**20
-# Hidden activations of one block of the MLP, bytes.
-HIDDEN_BYTES = 48 * 2**20
+from fastlens.patching.sources import Source
+from fastlens.patching.uses import ChunkUse
+from fastlens.patching.wave_layer import WaveLayer
 
 
 @dataclass(frozen=True)
@@ -84,6 +66,9 @@ class Wave:
         n_all_pos: Positions of the prompts; ``frame.n_pos`` may be fewer.
         streams: Layer -> the stems' own rows as they enter it, kept by an earlier wave.
         keep_streams: Whether to fill ``streams``.
+        pack: Which packed row is whose, as of now.
+        n_stems: Branches of base runs and other prompts, which come first.
+        stem_of: The stem whose masks and positions are a branch's.
     """
 
     model: Any
@@ -93,6 +78,9 @@ class Wave:
     n_all_pos: int
     streams: dict[int, Tensor] = field(default_factory=dict)
     keep_streams: bool = False
+    pack: Pack = field(init=False)
+    n_stems: int = field(init=False, default=0)
+    stem_of: Int[Tensor, " branch"] = field(init=False)
 
     def run(self, use: ChunkUse, first_layer: int = 0) -> Final:
         """All branches of the chunk to the end.
@@ -110,7 +98,7 @@ class Wave:
             if self.keep_streams:
                 stems = self.pack.table[: self.n_stems][self.pack.own[: self.n_stems]]
                 self.streams[layer] = x[stems]
-            x = _Layer(self, use, layer, block, counts[layer]).run(x)
+            x = WaveLayer(self, use, layer, block, counts[layer]).run(x)
             layer += 1
         return Final(x, self.pack.table, self.n_stems, counts)
 
@@ -119,9 +107,7 @@ class Wave:
         frame, device = self.frame, self.stem.residual.device
         batch, n_pos = frame.batch, frame.n_pos
         self.n_stems = self.stem.residual.shape[0]
-        own = torch.zeros(
-            self.n_stems + len(use.example), n_pos, dtype=torch.bool, device=device
-        )
+        own = torch.zeros(self.n_stems + len(use.example), n_pos, dtype=torch.bool, device=device)
         own[:batch] = True
         if frame.has_source:
             first = torch.tensor(frame.first_difference, device=device)
@@ -148,446 +134,3 @@ class Wave:
         needed = torch.zeros(self.frame.n_pos, dtype=torch.bool, device=self.pack.own.device)
         needed[list(self.frame.needed)] = True
         return needed
-
-
-class _Layer:
-    """One layer of one wave."""
-
-    def __init__(self, wave: Wave, use: ChunkUse, layer: int, block: Any, counts: Tensor):
-        self.wave = wave
-        self.frame = wave.frame
-        self.use = use
-        self.layer = layer
-        self.block = block
-        self.attn: AbstractAttention = block.attn
-        self.counts = counts
-        self.is_last = layer == wave.frame.n_layers - 1
-        self.rows: dict[str, Tensor] = {}
-
-    @property
-    def pack(self) -> Pack:
-        return self.wave.pack
-
-    def run(self, x: Tensor) -> Tensor:
-        self.rows = {"x": x}
-        self._join("resid_pre")
-        self._patch("resid_pre", self.rows["x"].unsqueeze(1))
-        in_stream = self.pack.own.clone()
-        self._project()
-        self._attend(in_stream)
-        self._write_attention()
-        if not self.frame.is_attn_only:
-            self._mlp(in_stream)
-        x = self.rows["x"]
-        self._join("resid_post")
-        x = self.rows["x"]
-        self._patch("resid_post", x.unsqueeze(1))
-        return x
-
-    # -- who patches what --------------------------------------------------------------------
-
-    def _entries(self, site: str) -> list[Entries]:
-        at_stage = self.use.entries.get((self.layer, SITES[site].stage))
-        return at_stage.get(site, []) if at_stage else []
-
-    def _place(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor | None]:
-        device = self.pack.table.device
-        branch = torch.from_numpy(entries.branch).to(device) + self.wave.n_stems
-        pos = torch.from_numpy(entries.pos).to(device)
-        column = entries.column
-        return branch, pos, None if column is None else torch.from_numpy(column).to(device)
-
-    def _join(self, *sites: str) -> None:
-        """Give the branches that patch here rows of their own to patch."""
-        wanted = None
-        for site in sites:
-            for entries in self._entries(site):
-                branch, pos, _ = self._place(entries)
-                mask = self.pack.mask(branch, pos)
-                wanted = mask if wanted is None else wanted | mask
-        if wanted is None:
-            return
-        copied = self.pack.missing(wanted)
-        if len(copied):
-            for name, rows in self.rows.items():
-                self.rows[name] = torch.cat([rows, rows.index_select(0, copied)])
-
-    def _new_value(
-        self, site: str, entries: Entries, like: Tensor, read: Callable[[Tensor], Tensor]
-    ) -> Any:
-        """The value the source gives; ``read(branches)`` are other branches' values there."""
-        source = self.wave.sources[entries.value]
-        branch, _, _ = self._place(entries)
-        example = self.pack.example[branch]
-        if source.reads_other:
-            batch = self.frame.batch
-            return source.of_examples(lambda one: read(batch + one), example, batch)
-        frame = self.frame
-        sizes = {
-            **dict.fromkeys(("pos", "query_pos", "key_pos"), self.wave.n_all_pos),
-            "head": frame.n_kv_heads if SITES[site].is_per_kv_head else frame.n_heads,
-            "neuron": frame.d_mlp,
-            "width": like.shape[-1],
-            "batch": frame.batch,
-        }
-        new = source.of_entries(site, self.layer, entries, example, sizes, like)
-        if not isinstance(new, Tensor):
-            return new
-        if SITES[site].axes[-1] == "key_pos":
-            if source.kind == "cache" and entries.keys is not None:
-                return new[:, list(entries.keys)]
-            return new
-        # Whole rows are [entry, column, width]; sites without columns have one.
-        return new.reshape(len(example), *like.shape[1:])
-
-    def _patch(
-        self, site: str, rows: Tensor, some: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """Write every patch of a site into its packed rows ``[row, column, width]``.
-
-        Args:
-            some: None if ``rows`` are all packed rows. Else where each packed row stands in them,
-                and which packed rows are to be patched.
-        """
-        for entries in self._entries(site):
-            branch, pos, column = self._place(entries)
-            if some is not None:
-                here = some[1][self.pack.table[branch, pos]]
-                if not bool(here.any()):
-                    continue
-                entries = entries.only(here.cpu().numpy())
-                branch, pos, column = self._place(entries)
-
-            def at(of: Tensor, pos: Tensor = pos, column: Tensor | None = column) -> Any:
-                row = self.pack.table[of, pos]
-                row = row if some is None else some[0][row]
-                return (row,) if column is None else (row, column)
-
-            where = at(branch)
-            old = rows[where]
-            new = self._new_value(site, entries, old, lambda of, at=at: rows[at(of)])
-            rows[where] = applied(old, new, entries.mode)
-
-    def _patch_by_entry(
-        self, site: str, value: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Patch a site whose (row, head) values are computed for the purpose.
-
-        Args:
-            value: ``value(branch, pos, head)`` before any patch.
-
-        Returns: branch, position, head and patched value of each entry; None if there is none.
-        """
-        groups = self._entries(site)
-        if not groups:
-            return None
-        n_pos, n_heads = self.frame.n_pos, self.frame.n_heads
-        codes = []
-        for entries in groups:
-            branch, pos, head = self._place(entries)
-            assert head is not None
-            codes.append((branch * n_pos + pos) * n_heads + head)
-        every = torch.cat(codes).unique()
-        branch, pos, head = every // n_heads // n_pos, every // n_heads % n_pos, every % n_heads
-        values = value(branch, pos, head)
-        for entries, code in zip(groups, codes, strict=True):
-            where = torch.searchsorted(every, code)
-            at_pos, at_head = pos[where], head[where]
-            keys = torch.arange(values.shape[-1], device=values.device)
-            if entries.keys is not None:
-                keys = torch.tensor([key for key in entries.keys if key < n_pos], device=keys.device)
-            at = where[:, None], keys
-
-            def read(of: Tensor, pos: Tensor = at_pos, head: Tensor = at_head,
-                     keys: Tensor = keys) -> Tensor:  # fmt: skip
-                return value(of, pos, head)[:, keys]
-
-            new = self._new_value(site, entries, values[at], read)
-            values[at] = applied(values[at], new, entries.mode)
-        return branch, pos, head, values
-
-    # -- attention ---------------------------------------------------------------------------
-
-    def _project(self) -> None:
-        """Queries, keys and values of all rows; of the last layer, queries only where needed."""
-        attn, cfg, pack = self.attn, self.attn.cfg, self.pack
-        x = self.rows["x"]
-        h = h_qk = normalized(self.block.ln1, x)
-        positions = self.wave.stem.shortformer
-        if positions is not None:
-            h_qk = h + positions[self.wave.stem_of[pack.branch], pack.pos]
-        n_heads, n_kv = cfg.n_heads, self.frame.n_kv_heads
-        self.counts[0] = len(pack)
-        if self.is_last:
-            wanted = self.wave.needed[pack.pos].nonzero()[:, 0]
-            self.counts[1] = len(wanted)
-            q = h.new_zeros(len(pack), n_heads, cfg.d_head)
-            q[wanted] = projected(attn, h_qk[wanted], "q")
-            if h_qk is h:
-                k, v = projected(attn, h, "kv").split([n_kv, n_kv], 1)
-            else:
-                k, v = projected(attn, h_qk, "k"), projected(attn, h, "v")
-        elif h_qk is h:
-            self.counts[1] = len(pack)
-            q, k, v = projected(attn, h, "qkv").split([n_heads, n_kv, n_kv], 1)
-        else:
-            self.counts[1] = len(pack)
-            q, k = projected(attn, h_qk, "qk").split([n_heads, n_kv], 1)
-            v = projected(attn, h, "v")
-        self.rows |= {"q": q, "k": k, "v": v}
-        self._join("attn_in", "q_input", "k_input", "v_input")
-        self._patch_inputs()
-        self._join("q", "k", "v")
-        for name in ("q", "k", "v"):
-            self._patch(name, self.rows[name])
-        rotary_pos = self.wave.stem.rotary_pos[self.wave.stem_of[pack.branch], pack.pos]
-        finished = finished_qkv(attn, self.rows["q"], self.rows["k"], self.rows["v"], rotary_pos)
-        self.rows |= dict(zip(("q", "k", "v"), finished, strict=True))
-        self._join("rot_q", "rot_k")
-        self._patch("rot_q", self.rows["q"])
-        self._patch("rot_k", self.rows["k"])
-
-    def _patch_inputs(self) -> None:
-        """What single heads read: patched, normalised and projected for those heads alone."""
-        x, pack, wave = self.rows["x"], self.pack, self.wave
-
-        def stream(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
-            return x[pack.table[branch, pos]]
-
-        inputs = {"attn_in": "qkv", "q_input": "q", "k_input": "k", "v_input": "v"}
-        for site, names in inputs.items():
-            patched = self._patch_by_entry(site, stream)
-            if patched is None:
-                continue
-            branch, pos, head, value = patched
-            h = normalized(self.block.ln1, value)
-            rows = pack.table[branch, pos]
-            for name in names:
-                read = h
-                if wave.stem.shortformer is not None and name != "v":
-                    read = h + wave.stem.shortformer[wave.stem_of[branch], pos]
-                self.rows[name][rows, head] = projected_heads(self.attn, read, name, head)
-
-    def _attend(self, in_stream: Tensor) -> None:
-        """Attention of every row whose output differs from the base run's, and is needed."""
-        pack = self.pack
-        outputs = self._rows_after(in_stream)
-        spans = spans_of(outputs)
-        seen = [self.frame.scores_between(span.start, span.stop) for span in spans]
-        self.counts[4] = sum(n * len(s.branches) for n, s in zip(seen, spans, strict=True))
-        q, k, v = (self.rows[name].flatten(1) for name in ("q", "k", "v"))
-        before = pack.table
-        z = torch.cat([piece for s in spans for piece in self._attended(q, k, v, s)])
-        self.wave.pack, copied = regrouped(pack, spans, self.frame.batch)
-        x = self.rows["x"].index_select(0, copied)
-        old = self.rows
-        self.rows = {"x": x, "z": z.unflatten(-1, (self.attn.cfg.n_heads, -1))}
-        self._join("attn_scores", "pattern")
-        if self._entries("attn_scores") or self._entries("pattern"):
-            self._patch_pattern(old["q"], old["k"], old["v"], before)
-
-    def _rows_after(self, in_stream: Tensor) -> Tensor:
-        """Which rows attention changes: those whose query or stream changed, and all that see a
-        changed key or value."""
-        pack = self.pack
-        changed_keys = in_stream.clone()
-        for site in ("attn_in", "k_input", "v_input", "k", "v", "rot_k"):
-            for entries in self._entries(site):
-                branch, pos, _ = self._place(entries)
-                changed_keys[branch, pos] = True
-        if self.frame.is_causal:
-            after = changed_keys.cumsum(1) > 0
-        else:
-            after = changed_keys.any(1, keepdim=True).expand_as(changed_keys)
-        # Rows that only a key patch made own lie after it anyway.
-        after = after | pack.own
-        return after & self.wave.needed if self.is_last else after
-
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, span: Any) -> list[Tensor]:
-        """Outputs of one span's rows ``[row, head * d_head]``, in pieces that bound the gather."""
-        frame, rule = self.frame, self.attn.rule
-        start, stop = span.start, span.stop
-        last = stop if frame.is_causal else frame.n_pos
-        first = 0 if rule.window is None else max(0, start - rule.window + 1)
-        each = 2 * (last - first) * k.shape[1] * k.element_size()
-        out = []
-        for branches in span.branches.split(max(1, GATHER_BYTES // each)):
-            n = len(branches)
-            table = self.pack.table[branches]
-            queries = table[:, start:stop].reshape(-1)
-            keys = table[:, first:last].reshape(-1)
-            mask = self.wave.stem.key_mask
-            if mask is not None:
-                mask = mask[self.wave.stem_of[branches], first:last]
-            z = attention(
-                q.index_select(0, queries).view(n, stop - start, -1, self.attn.cfg.d_head),
-                k.index_select(0, keys).view(n, last - first, -1, self.attn.cfg.d_head),
-                v.index_select(0, keys).view(n, last - first, -1, self.attn.cfg.d_head),
-                rule,
-                start - first,
-                mask,
-            )
-            out.append(z.reshape(n * (stop - start), -1))
-        return out
-
-    def _patch_pattern(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
-        """Rows of scores and patterns that are patched: made one by one, their z put in place.
-
-        Args:
-            q, k, v, table: Of the pack before attention, which holds every key.
-        """
-        wave, rule, n_heads = self.wave, self.attn.rule, self.attn.cfg.n_heads
-        group = n_heads // self.frame.n_kv_heads
-        key_mask = wave.stem.key_mask
-
-        def scores(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
-            mask = None if key_mask is None else key_mask[wave.stem_of[branch], : table.shape[1]]
-            keys = _gathered(k, table[branch], head // group)
-            return score_rows(q[table[branch, pos], head], keys, rule, pos, head, n_heads, mask)
-
-        def mix(branch: Tensor, pos: Tensor, head: Tensor, pattern: Tensor) -> None:
-            values = _gathered(v, table[branch], head // group)
-            z = torch.einsum("es,esd->ed", pattern.to(values.dtype), values)
-            self.rows["z"][self.pack.table[branch, pos], head] = z
-
-        patched = self._patch_by_entry("attn_scores", scores)
-        by_scores: dict[tuple[int, ...], Tensor] = {}
-        if patched is not None:
-            *place, rows = patched
-            patterns = _softmax(rows)
-            by_scores = dict(zip(zip(*(p.tolist() for p in place), strict=True), patterns))
-            mix(*place, patterns)
-
-        def pattern(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
-            rows = _softmax(scores(branch, pos, head))
-            if by_scores:
-                places = zip(branch.tolist(), pos.tolist(), head.tolist(), strict=True)
-                for i, place in enumerate(places):
-                    rows[i] = by_scores.get(place, rows[i])
-            return rows
-
-        patched = self._patch_by_entry("pattern", pattern)
-        if patched is not None:
-            mix(*patched)
-
-    def _write_attention(self) -> None:
-        """Heads' outputs into the stream: z, result, attn_out and resid_mid."""
-        self._join("z")
-        self._patch("z", self.rows["z"])
-        self._join("result")
-        extra = self._patch_result()
-        self.counts[2] = len(self.pack)
-        out = output_of_heads(self.attn, self.rows.pop("z"))
-        if extra is not None:
-            rows, value = extra
-            out.index_add_(0, rows, value)
-        if self.attn.cfg.use_normalization_before_and_after:
-            out = normalized(self.block.ln1_post, out)
-        self.rows["attn_out"] = out
-        self._join("attn_out")
-        self._patch("attn_out", self.rows["attn_out"].unsqueeze(1))
-        if not self.frame.is_parallel:
-            self.rows["x"] = self.rows["x"] + self.rows.pop("attn_out")
-            self._join("resid_mid")
-            self._patch("resid_mid", self.rows["x"].unsqueeze(1))
-
-    def _patch_result(self) -> tuple[Tensor, Tensor] | None:
-        """Single heads' writes: taken out of z, patched, and handed back to be added."""
-        z, pack = self.rows["z"], self.pack
-
-        def result(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
-            return result_of_heads(self.attn, z[pack.table[branch, pos], head], head)
-
-        patched = self._patch_by_entry("result", result)
-        if patched is None:
-            return None
-        branch, pos, head, value = patched
-        rows = pack.table[branch, pos]
-        z[rows, head] = 0.0
-        return rows, value
-
-    # -- MLP ---------------------------------------------------------------------------------
-
-    def _mlp(self, in_stream: Tensor) -> None:
-        """The MLP's output into the stream; in a parallel block, of the rows whose input changed."""
-        inside = ("mlp_in", "mlp_pre", "mlp_pre_linear", "mlp_mid", "mlp_post")
-        self._join(*inside)
-        pack, x = self.pack, self.rows["x"]
-        patched = torch.zeros(len(pack), dtype=torch.bool, device=x.device)
-        for site in inside:
-            for entries in self._entries(site):
-                branch, pos, _ = self._place(entries)
-                patched[pack.table[branch, pos]] = True
-        computed = torch.ones_like(patched)
-        if self.frame.is_parallel:
-            computed = in_stream[pack.branch, pack.pos] | patched
-        self.counts[3] = int(computed.sum())
-        out = torch.empty_like(x)
-        hidden = self.attn.cfg.d_mlp * (2 + self.frame.is_gated) * x.element_size()
-        size = max(64, HIDDEN_BYTES // hidden)
-        if len(pack) <= size and bool(computed.all()):
-            out = self._mlp_rows(x, None, bool(patched.any()))
-        else:
-            plain = (computed & ~patched).nonzero()[:, 0]
-            for rows in plain.split(size):
-                out[rows] = self._mlp_rows(x[rows], None, False)
-            self._mlp_patched(x, out, patched.nonzero()[:, 0], size)
-            if not bool(computed.all()):
-                kept = (~computed).nonzero()[:, 0]
-                base = pack.table[pack.example[pack.branch[kept]], pack.pos[kept]]
-                out[kept] = out[base]
-        self.rows["mlp_out"] = out
-        self._join("mlp_out")
-        self._patch("mlp_out", self.rows["mlp_out"].unsqueeze(1))
-        x = self.rows["x"]
-        if self.frame.is_parallel:
-            x = x + self.rows.pop("attn_out")
-        self.rows["x"] = x + self.rows.pop("mlp_out")
-
-    def _mlp_patched(self, x: Tensor, out: Tensor, rows: Tensor, size: int) -> None:
-        """Rows patched inside the MLP, a block at a time, each with the source rows it reads."""
-        pack, batch = self.pack, self.frame.batch
-        for part in rows.split(size):
-            every = part
-            if self.frame.has_source:
-                others = torch.arange(batch, 2 * batch, device=x.device)
-                read = pack.table[others][:, pack.pos[part].unique()].flatten()
-                # Of the last layer only some rows are left.
-                every = torch.cat([part, read[read >= 0]]).unique()
-            local = torch.full((len(pack),), -1, dtype=torch.long, device=x.device)
-            local[every] = torch.arange(len(every), device=x.device)
-            is_part = torch.zeros(len(pack), dtype=torch.bool, device=x.device)
-            is_part[part] = True
-            written = self._mlp_rows(x[every], (local, is_part), True)
-            out[part] = written[local[part]]
-
-    def _mlp_rows(self, x: Tensor, some: tuple[Tensor, Tensor] | None, is_patched: bool) -> Tensor:
-        """What the MLP writes for these rows; ``some`` as in `_patch`."""
-        block = self.block
-        if is_patched and self._entries("mlp_in"):
-            # The stream itself is not patched, only what the MLP reads of it.
-            x = x.clone()
-            self._patch("mlp_in", x.unsqueeze(1), some)
-        h = normalized(block.ln2, x)
-
-        def edit(site: str, activation: Tensor) -> None:
-            self._patch(site, activation.unsqueeze(2), some)
-
-        out = mlp_output(block.mlp, h, edit if is_patched else None)
-        if self.attn.cfg.use_normalization_before_and_after:
-            out = normalized(block.ln2_post, out)
-        return out
-
-
-def _softmax(scores: Float[Tensor, "entry pos"]) -> Float[Tensor, "entry pos"]:
-    """A row that sees no key attends to nothing."""
-    return torch.softmax(scores, -1).nan_to_num(nan=0.0)
-
-
-def _gathered(
-    x: Float[Tensor, "row head d_head"],
-    rows: Int[Tensor, "entry pos"],
-    head: Int[Tensor, " entry"],
-) -> Float[Tensor, "entry pos d_head"]:
-    """Each entry's keys or values of its own head."""
-    return x[rows, head[:, None]]

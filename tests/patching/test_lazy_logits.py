@@ -30,6 +30,8 @@ FULL = torch.arange(BATCH * N_POS * D_VOCAB).view(BATCH, N_POS, D_VOCAB) * 0.25 
 ROWS = torch.arange(BATCH * N_POS).view(BATCH, N_POS, 1).expand(BATCH, N_POS, D_VOCAB)
 COLUMNS = torch.arange(D_VOCAB).expand(BATCH, N_POS, D_VOCAB)
 
+TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0, 1]])
+
 
 class KnownLogits(LogitSource):
     """A source whose logits are known, and that remembers what it was asked."""
@@ -126,6 +128,13 @@ def test_the_dtype_is_the_sources(dtype):
     assert_same(logits[0, 0, 1], FULL[0, 0, 1].to(dtype))
 
 
+def test_casts_follow_each_other():
+    third = torch.tensor([[[1 / 3, 70000.0, 1e-9]]], dtype=torch.float64)
+    for first, second in [(torch.bfloat16, torch.float32), (torch.float16, torch.float64)]:
+        assert_same(lazy_of(third)[0].to(first).to(second)[0], third.to(first).to(second)[0])
+        assert_same(lazy_of(third)[0].to(first)[0, 0, 0], third.to(first)[0, 0, 0])
+
+
 # -- every kind of index -------------------------------------------------------------------------
 
 MASK = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
@@ -142,6 +151,8 @@ INDICES = {
     "empty tuple": (),
     "all": slice(None),
     "just ellipsis": ...,
+    "two ellipses": (..., 1, ...),
+    "two ellipses and a list": (..., [1, 0], ...),
     "new axes": (None, 0, None, ..., None),
     "new axis in front": (None,),
     "list": [2, 0, 0],
@@ -472,6 +483,7 @@ OTHERS = {
     "jit": lambda x: torch.jit.trace(lambda y: y[0].sum(), FULL)(x),
     "dropout": lambda x: F.dropout(x, 0.0),
     "into a tensor": lambda x: torch.zeros(3, 11).copy_(x[:, -1]).add_(x[:, 0]),
+    "gather out=": lambda x: torch.gather(x[0], 0, TOKENS[:1] % 4, out=torch.zeros(1, 4)),
     "out=": lambda x: torch.add(x[0], 1, out=torch.zeros(4, 11)),
 }
 
@@ -661,6 +673,9 @@ def test_a_copy_that_two_tensors_look_into_is_not_written_to():
     assert_same(own, FULL[[0, 1]] + 1)
     own = logits.double()
     last = own[:, -1]
+    for one in (own, last):
+        with pytest.raises(MetricError, match="clone"):
+            one += 1
     changed = last.view(-1)
     changed += 1
     with pytest.raises(MetricError, match="through a view"):
@@ -695,6 +710,7 @@ class NoLogits(LogitSource):
         ((slice(None), -1), (512, 256_000)),
         (torch.ones(512, 2048, dtype=torch.bool), (512 * 2048, 256_000)),
         ((torch.arange(512), -1), (512, 256_000)),
+        ((torch.arange(512), torch.tensor(-1)), (512, 256_000)),
         ((..., torch.arange(256_000)), (512, 2048, 256_000)),
         ((..., slice(10)), (512, 2048, 10)),
         ((slice(None), [3, 5]), (512, 2, 256_000)),
@@ -706,6 +722,8 @@ def test_nothing_of_the_size_of_the_logits_is_made(index, shape):
     """Ids of all of these logits would take a terabyte or two."""
     part = LazyLogits(NoLogits(), 512, 2048, 256_000)[index]
     assert part.shape == shape and isinstance(part, LazyLogits)
+    for ids in (part._where.rows, part._where.columns):
+        assert ids.untyped_storage().nbytes() <= 8 * 512 * 2048
     assert part.unsqueeze(0).detach().shape == (1, *shape)
 
 
@@ -741,6 +759,7 @@ def test_like_looking_indices_are_not_taken_for_each_other():
         (torch.tensor([1, 0], dtype=torch.int32), torch.tensor([1])),
         (np.array([0, 1]), torch.tensor([1, 0])),
         (slice(1), (1,)),
+        (np.array([True, False, True]), np.array([1, 0, 1], dtype=np.int8)),
         (slice(None, 2), slice(2, None)),
     ]
     for index in [one for pair in pairs for one in (*pair, *reversed(pair))]:
@@ -760,6 +779,8 @@ def test_many_indices_do_not_pile_up():
     assert_same(logits[big, 0], FULL[big, 0])
     assert_same(logits[:, :, big[:4000]][0], FULL[:, :, big[:4000]][0])
     assert len(kept) <= before + 1
+    assert_same(logits[big[:4000]], FULL[big[:4000]])
+    assert len(kept) <= before + 1
 
 
 # -- what a metric reads -------------------------------------------------------------------------
@@ -768,7 +789,6 @@ LAST = {3, 7, 11}
 ALL_ROWS = set(range(12))
 IO, S = torch.tensor([2, 5, 7]), torch.tensor([4, 4, 0])
 ANSWERS = torch.stack([IO, S], dim=1)
-TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0, 1]])
 CLEAN = F.log_softmax(FULL[:, -1] * 0.1, dim=-1)
 ENDS = torch.tensor([1, 3, 2])
 
