@@ -5,6 +5,7 @@ promises, and none may reach one. The pieces read the same leaves as the modules
 ops; `foreign_part` says where a model's modules are not the ones these pieces stand for.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -182,27 +183,38 @@ def logits_of(
 # -- whether these pieces stand for the model's modules ------------------------------------------
 
 
+@functools.cache
+def _methods(kind: type) -> frozenset[str]:
+    """Names that an instance of a class must not have of its own, or a method is replaced."""
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+
+
 def foreign_part(root: nn.Module) -> str | None:
     """The first module below ``root`` that is not one of ours, or has a method replaced; or None.
 
     A parametrized module counts as ours: its leaves are read by name like any other.
     """
-    for name, module in _submodules(root):
+    waiting = list(_children("", root))
+    while waiting:
+        name, module = waiting.pop()
         kind = type(module)
-        if parametrize.is_parametrized(module):
-            kind = kind.__mro__[1]
+        if kind is HookPoint:
+            if "forward" in module.__dict__:
+                return f"{name}.forward was replaced"
+            continue
+        is_parametrized = parametrize.is_parametrized(module)
+        kind = kind.__mro__[1] if is_parametrized else kind
         if kind not in _PLAIN:
             return f"{name} is a {kind.__name__}"
-        replaced = [key for key in vars(module) if callable(getattr(kind, key, None))]
+        replaced = _methods(kind) & module.__dict__.keys()
         if replaced:
-            return f"{name}.{replaced[0]} was replaced"
+            return f"{name}.{min(replaced)} was replaced"
+        if not is_parametrized:
+            waiting += _children(f"{name}.", module)
     return None
 
 
-def _submodules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in root.named_children():
-        yield name, module
-        inside = isinstance(module, nn.Module) and not parametrize.is_parametrized(module)
-        if inside:
-            for below, child in _submodules(module):
-                yield f"{name}.{below}", child
+def _children(start: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module._modules.items():
+        if child is not None:
+            yield start + name, child

@@ -1,5 +1,7 @@
 """Attention over PyTorch's fused `scaled_dot_product_attention`, in blocks of query rows."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -10,6 +12,8 @@ from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility, visi
 from fastlens.kernels.reference import attention as materialised
 
 ROWS_PER_BLOCK = 512
+# Masks of at most so many entries are kept.
+KEPT_ENTRIES = 2**14
 
 
 def attention(
@@ -44,6 +48,12 @@ def _rows(
     if rule.soft_cap > 0:
         # No fused CPU kernel caps scores. Positions are relative: shift by the keys cut off.
         return materialised(q, k, v, rule, first - low, key_mask)
+    # Not while tracing, nor for fake tensors: what is kept must be a plain tensor.
+    is_plain = type(q) is Tensor and not torch.compiler.is_compiling()
+    is_small = q.shape[1] * (high - low) <= KEPT_ENTRIES
+    if is_plain and is_small and key_mask is None and not rule.alibi:
+        mask = _kept_mask(rule._replace(scale=1.0), first - low, q.shape[1], high - low, q.device)
+        return _sdpa(q, k, v, rule, mask=mask)
     queries = torch.arange(first, first + q.shape[1], device=q.device)
     keys = torch.arange(low, high, device=q.device)
     visible = visibility(rule, queries, keys, key_mask)
@@ -59,6 +69,16 @@ def _rows(
         mask = mask[None] if visible is None else mask[None].masked_fill(~visible, -torch.inf)
     z = _sdpa(q, k, v, rule, mask=mask)
     return z if blind is None else z.masked_fill(blind.transpose(1, 2), 0.0)
+
+
+@functools.lru_cache(256)
+def _kept_mask(
+    rule: AttentionRule, first: int, n_queries: int, n_keys: int, device: torch.device
+) -> Tensor | None:
+    """A small mask without padding, made once: a sweep asks for the same ones in every layer."""
+    with torch.inference_mode(False):
+        queries = torch.arange(first, first + n_queries, device=device)
+        return visibility(rule, queries, torch.arange(n_keys, device=device), None)
 
 
 def _sdpa(

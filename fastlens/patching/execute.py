@@ -16,7 +16,7 @@ from fastlens.patching.evaluate import Evaluator, Values
 from fastlens.patching.folder import SweepFolder
 from fastlens.patching.hooked import HookedRuns, places_of
 from fastlens.patching.metrics import Reading
-from fastlens.patching.model import PatchableModel
+from fastlens.patching.model import PatchableModel, walk
 from fastlens.patching.plan import Chunk
 from fastlens.patching.query import SweepPlan
 from fastlens.patching.record import key_of, layout_of, plan_from_layout
@@ -315,7 +315,7 @@ def _check_verify(verify: Verify) -> None:
 @contextlib.contextmanager
 def _quiet(model: PatchableModel, needs_gradients: bool) -> Iterator[None]:
     """No gradients and evaluation mode, put back as they were afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for _, module in walk(model) if module.training]  # type: ignore[arg-type]
     try:
         for module in training:
             module.training = False

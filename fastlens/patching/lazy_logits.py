@@ -4,24 +4,21 @@
 logits a metric looks at. Where logits come from is not known here.
 """
 
-import functools
 import operator
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.errors import MetricError
+from fastlens.patching.logit_index import LogitIndex, all_logits
 
-Shape: TypeAlias = tuple[int, ...]
-# Indices that are remembered, and the elements of a tensor in one that is.
-_KEPT = 1024
-_KEPT_ELEMENTS = 4096
+# Where the logits were moved and what they were cast to, one after the other.
+_Casts: TypeAlias = tuple[tuple[torch.device, torch.dtype], ...]
 
 
 @runtime_checkable
@@ -70,9 +67,8 @@ class LazyLogits(Tensor):
     """
 
     _source: LogitSource
-    _where: "_Where"
-    # The dtypes it was cast to, in order.
-    _casts: tuple[torch.dtype, ...]
+    _where: LogitIndex
+    _casts: _Casts
     _memory: "_Memory"
     _plain: Tensor | None
 
@@ -82,7 +78,7 @@ class LazyLogits(Tensor):
         Args:
             source: Computes them; its rows are ``example * n_pos + pos``.
         """
-        return _stand_in(source, _everywhere(batch, n_pos, d_vocab), (), _Memory(is_copy=False))
+        return _stand_in(source, all_logits(batch, n_pos, d_vocab), (), _Memory(is_copy=False))
 
     def full(self) -> Tensor:
         """All that this tensor stands for, as a plain tensor; computed at the first call."""
@@ -94,7 +90,7 @@ class LazyLogits(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         """As torch's, computing no logit that the index does not name."""
-        return self._derived(_Where.indexed, operator.getitem, (index,), {})
+        return self._derived(LogitIndex.indexed, operator.getitem, (index,), {})
 
     @classmethod
     def __torch_function__(
@@ -136,14 +132,15 @@ class LazyLogits(Tensor):
 
     def _derived(
         self,
-        how: Callable[..., "_Where"],
+        how: Callable[..., LogitIndex],
         func: Callable[..., Tensor],
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         """``func(self, *args, **kwargs)``, where ``how`` knows which logits that takes."""
+        args, kwargs = plain(args), plain(kwargs)
         if self._plain is not None:
-            return func(self.full(), *plain(args), **plain(kwargs))
+            return func(self.full(), *args, **kwargs)
         self._memory.check()
         where = self._where.kept(how, func, args, kwargs)
         memory = _Memory(is_copy=True) if where.is_copy else self._memory
@@ -155,19 +152,19 @@ class LazyLogits(Tensor):
             memory.see(taken)
         return taken
 
-    def _computed(self, where: "_Where") -> Tensor:
+    def _computed(self, where: LogitIndex) -> Tensor:
         if 0 in where.shape:
             return self._scalar().new_empty(where.shape)
         ask = where.ask
         values = ask.arranged(self._source.block(ask.rows, ask.columns)).reshape(where.shape)
-        for dtype in self._casts:
-            values = values.to(dtype)
+        for device, dtype in self._casts:
+            values = values.to(device, dtype)
         return values
 
     def _scalar(self) -> Tensor:
         """A number of its dtype on its device, where nothing else about it matters."""
-        dtype = self._casts[-1] if self._casts else self._source.dtype
-        return torch.zeros((), dtype=dtype, device=self._source.device)
+        device, dtype = _device_and_dtype(self._source, self._casts)
+        return torch.zeros((), dtype=dtype, device=device)
 
     def _check_writable(self, name: str) -> None:
         if not self._memory.is_only_seen_by(self, self._plain):
@@ -185,11 +182,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _device_and_dtype(source: LogitSource, casts: _Casts) -> tuple[torch.device, torch.dtype]:
+    return casts[-1] if casts else (source.device, source.dtype)
+
+
 def _stand_in(
-    source: LogitSource, where: "_Where", casts: tuple[torch.dtype, ...], memory: "_Memory"
+    source: LogitSource, where: LogitIndex, casts: _Casts, memory: "_Memory"
 ) -> LazyLogits:
-    dtype = casts[-1] if casts else source.dtype
-    lazy = Tensor._make_wrapper_subclass(LazyLogits, where.shape, dtype=dtype, device=source.device)
+    device, dtype = _device_and_dtype(source, casts)
+    lazy = Tensor._make_wrapper_subclass(LazyLogits, where.shape, dtype=dtype, device=device)
     lazy._source, lazy._where, lazy._casts, lazy._memory = source, where, casts, memory
     lazy._plain = None
     return lazy
@@ -234,17 +235,21 @@ class _Memory:
         """Raises MetricError if a part was written into: of a copy, another than ``own``."""
         if not self.handed_out:
             return
-        alive = [(part(), version) for part, version in self.handed_out]
-        for part, version in alive:
+        self.handed_out = [one for one in self.handed_out if one[0]() is not None]
+        for reference, version in self.handed_out:
+            part = reference()
             if part is None or part._version == version:
                 continue
             if own is None or not self.is_copy or part is not _base(own):
                 raise _impure("wrote into the logits through a view, and then read them again")
-        self.handed_out = [(weakref.ref(part), v) for part, v in alive if part is not None]
 
 
 def _base(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _writes(name: str) -> bool:
@@ -258,289 +263,10 @@ def _impure(did: str) -> MetricError:
     )
 
 
-# -- which logits a tensor stands for ------------------------------------------------------------
-
-
-class _Where:
-    """Which logit each element of a tensor is: one row and one column of all logits.
-
-    It knows no values, so it is made once for an index and kept for all runs of a sweep.
-
-    Attributes:
-        rows, columns: Ids, broadcast over each other to ``shape``. Each has size 1 along an axis
-            where it does not vary, so that nothing of the size of the logits is ever made.
-        d_vocab: Columns there are.
-        is_copy: Torch copies for this, rather than making a view.
-        is_settled: Nothing can be saved by waiting: one number, none, or a list of single logits.
-    """
-
-    def __init__(self, rows: Tensor, columns: Tensor, d_vocab: int, is_copy: bool) -> None:
-        sizes = list(zip(rows.shape, columns.shape, strict=True))
-        self.rows, self.columns, self.d_vocab, self.is_copy = rows, columns, d_vocab, is_copy
-        self.shape: Shape = tuple(c if r == 1 else r for r, c in sizes)
-        in_pairs = any(r > 1 and c > 1 for r, c in sizes)
-        self.is_settled = not self.shape or 0 in self.shape or in_pairs
-        self._kept: dict[Hashable, _Where] = {}
-
-    @functools.cached_property
-    def ask(self) -> "_Ask":
-        """What to ask a source for."""
-        rows, row_at = _distinct(self.rows)
-        columns, column_at = _distinct(self.columns)
-        row_axes = [axis for axis, size in enumerate(self.rows.shape) if size > 1]
-        column_axes = [axis for axis, size in enumerate(self.columns.shape) if size > 1]
-        asked = None if columns.numel() == self.d_vocab else columns
-        if not row_axes or not column_axes or row_axes[-1] < column_axes[0]:
-            return _Ask(rows, asked, row_at, column_at, is_outer=True)
-        row_at = _ids(rows.numel()) if row_at is None else row_at
-        column_at = _ids(columns.numel()) if column_at is None else column_at
-        at = (row_at.view(self.rows.shape), column_at.view(self.columns.shape))
-        return _Ask(rows, asked, *at, is_outer=False)
-
-    def kept(
-        self,
-        how: Callable[..., "_Where"],
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> "_Where":
-        """``how(self, func, *args, **kwargs)``, made once for arguments that are alike."""
-        try:
-            key = (func, _key(args), *kwargs, _key(tuple(kwargs.values())))
-        except TypeError:
-            return how(self, func, *plain(args), **plain(dict(kwargs)))
-        found = self._kept.get(key)
-        if found is None:
-            found = how(self, func, *args, **kwargs)
-            if found.is_copy and found.rows.numel() + found.columns.numel() > 2 * _KEPT_ELEMENTS:
-                return found
-            if len(self._kept) >= _KEPT:
-                self._kept.clear()
-            self._kept[key] = found
-        return found
-
-    def viewed(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> "_Where":
-        """By a function that makes views."""
-        at = (func(ids.expand(self.shape), *args, **kwargs) for ids in (self.rows, self.columns))
-        rows, columns = map(_unexpanded, at)
-        return _Where(rows, columns, self.d_vocab, is_copy=False)
-
-    def gathered(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> "_Where":
-        """By `torch.gather`."""
-        args = tuple(map(_on_cpu, args))
-        kwargs = {name: _on_cpu(one) for name, one in kwargs.items()}
-        at = (ids.expand(self.shape) for ids in (self.rows, self.columns))
-        rows, columns = (func(ids, *args, **kwargs) for ids in at)
-        return _Where(rows, columns, self.d_vocab, is_copy=True)
-
-    def selected(self, func: Callable[..., Tensor], dim: int, index: Tensor) -> "_Where":
-        """By `torch.index_select`."""
-        inside = -len(self.shape) <= dim < len(self.shape)
-        rows, columns = (
-            # Of an axis that is not there, torch has to say so.
-            func(ids, dim, _on_cpu(index))
-            if not inside or ids.shape[dim] == self.shape[dim]
-            else ids
-            for ids in (self.rows, self.columns)
-        )
-        return _Where(rows, columns, self.d_vocab, is_copy=True)
-
-    def indexed(self, func: Callable[..., Tensor], index: Any) -> "_Where":
-        """By ``[index]``."""
-        entries = _entries(index, self.shape)
-        if entries is None:
-            return self._unusual(index)
-        tensors = [entry for entry in entries if isinstance(entry, Tensor)]
-        if not tensors:
-            return self.viewed(func, index)
-        try:
-            n_axes = len(torch.broadcast_shapes(*(one.shape for one in tensors)))
-            rows = _picked(self.rows, entries, self.shape, n_axes)
-            columns = _picked(self.columns, entries, self.shape, n_axes)
-        except (IndexError, RuntimeError, ValueError):
-            # Torch says best what is wrong with it.
-            return self._unusual(index)
-        return _Where(rows, columns, self.d_vocab, is_copy=True)
-
-    def _unusual(self, index: Any) -> "_Where":
-        """An index that only torch itself can read, or refuse: it indexes the ids themselves."""
-        rows = self.rows.expand(self.shape)[index]
-        columns = self.columns.expand(self.shape)[index]
-        is_copy = rows.untyped_storage().data_ptr() != self.rows.untyped_storage().data_ptr()
-        return _Where(_unexpanded(rows), _unexpanded(columns), self.d_vocab, is_copy)
-
-
-@dataclass(frozen=True, eq=False)
-class _Ask:
-    """One call of a source, and how the block it gives becomes the values of a tensor.
-
-    Attributes:
-        rows, columns: See `LogitSource.block`.
-        row_at, column_at: Which row and column of the block each element is. In an outer one, along
-            the block's own two axes, and None if they already are in place.
-    """
-
-    rows: Tensor
-    columns: Tensor | None
-    row_at: Tensor | None
-    column_at: Tensor | None
-    is_outer: bool
-
-    def arranged(self, block: Tensor) -> Tensor:
-        """The block's numbers in the order of the tensor's."""
-        at = [
-            None if ids is None else ids.to(block.device) for ids in (self.row_at, self.column_at)
-        ]
-        if not self.is_outer:
-            return block[tuple(at)]
-        for axis, ids in enumerate(at):
-            block = block if ids is None else block.index_select(axis, ids)
-        return block
-
-
-@functools.lru_cache(maxsize=8)
-def _everywhere(batch: int, n_pos: int, d_vocab: int) -> _Where:
-    rows = _ids(batch * n_pos).view(batch, n_pos, 1)
-    return _Where(rows, _ids(d_vocab).view(1, 1, d_vocab), d_vocab, is_copy=False)
-
-
-@functools.lru_cache(maxsize=8)
-def _ids(n: int) -> Int[Tensor, " n"]:
-    return torch.arange(n, device="cpu")
-
-
-def _unexpanded(ids: Tensor) -> Tensor:
-    """Size 1 along the axes that only repeat."""
-    if 0 not in ids.stride():
-        return ids
-    return ids[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in ids.stride())]
-
-
-def _distinct(ids: Tensor) -> tuple[Int[Tensor, " id"], Int[Tensor, " n"] | None]:
-    """The ids ascending, each once, and where each one went; None if all are in place."""
-    flat = ids.reshape(-1)
-    if flat.numel() < 2 or bool((flat[1:] > flat[:-1]).all()):
-        return flat, None
-    distinct, at = torch.unique(flat, return_inverse=True)
-    return distinct, at
-
-
-def _key(value: Any) -> Hashable:
-    """Equal for arguments that name the same logits. Raises TypeError for what is not known."""
-    kind = type(value)
-    if kind is int or kind is range or value is None or value is ...:
-        return value
-    if kind is slice:
-        return (slice, _key(value.start), _key(value.stop), _key(value.step))
-    if kind is tuple or kind is list:
-        return (kind, *map(_key, value))
-    if kind is Tensor and value.dtype in _INDEX_DTYPES and value.device.type == "cpu":
-        value = value.numpy()
-    if isinstance(value, np.ndarray) and value.size <= _KEPT_ELEMENTS and value.dtype.kind in "bi":
-        return (kind, value.dtype.str, value.shape, value.tobytes())
-    raise TypeError
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (tuple, list)) else (value,)
-
-
-def _entries(index: Any, shape: Shape) -> list[Any] | None:
-    """The index with one entry for each axis, and None for each new one.
-
-    An entry is an int, a slice or a tensor of ids; masks are replaced by where they are true. None
-    for an index of another kind, or one that does not fit.
-    """
-    if not isinstance(index, tuple):
-        # Nested lists have meant different things in different versions of torch.
-        if isinstance(index, np.ndarray) and index.ndim != 1:
-            return None
-        if isinstance(index, Sequence) and not all(isinstance(one, int) for one in index):
-            return None
-        index = (index,)
-    parts = [_entry(part) for part in index]
-    used = sum(_n_axes(part) for part in parts if part is not None and part is not ...)
-    n_gaps = sum(part is ... for part in parts)
-    if any(part is NotImplemented for part in parts) or n_gaps > 1 or used > len(shape):
-        return None
-    if n_gaps == 0:
-        parts.append(...)
-    entries, axis = [], 0
-    for part in parts:
-        if part is None:
-            entries.append(None)
-            continue
-        n_axes = len(shape) - used if part is ... else _n_axes(part)
-        if part is ...:
-            entries += [slice(None)] * n_axes
-        elif isinstance(part, Tensor) and part.dtype == torch.bool:
-            if part.shape != shape[axis : axis + n_axes]:
-                return None
-            entries += part.nonzero(as_tuple=True)
-        else:
-            entries.append(part)
-        axis += n_axes
-    return entries
-
-
-def _n_axes(part: Any) -> int:
-    return part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1
-
-
-def _entry(part: Any) -> Any:
-    """One part of an index in its simplest form; NotImplemented if it is of no usual kind."""
-    if part is None or part is ... or isinstance(part, slice) or type(part) is int:
-        return part
-    if isinstance(part, Tensor):
-        ids = part.cpu()
-        if ids.ndim == 0:
-            return int(ids) if ids.dtype == torch.int64 else NotImplemented
-    elif isinstance(part, (Sequence, np.ndarray)):
-        try:
-            ids = torch.tensor(part, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            return NotImplemented
-        if ids.numel() == 0 and isinstance(part, Sequence):
-            ids = ids.long()
-    else:
-        try:
-            return NotImplemented if isinstance(part, bool) else operator.index(part)
-        except TypeError:
-            return NotImplemented
-    return ids if ids.ndim > 0 and ids.dtype in _INDEX_DTYPES else NotImplemented
-
-
-def _picked(ids: Tensor, entries: list[Any], shape: Shape, n_axes: int) -> Tensor:
-    """The ids at an index with tensors in it; of size 1 still where they do not vary.
-
-    Args:
-        shape: What the ids stand for, repeated along the axes of size 1.
-        n_axes: Of the tensors in the index, broadcast together.
-    """
-    own, axis = [], 0
-    for entry in entries:
-        if entry is None:
-            own.append(None)
-            continue
-        varies = ids.shape[axis] == shape[axis]
-        axis += 1
-        if not varies and isinstance(entry, Tensor):
-            # As many axes as all of them have together, for the result to have its axes in place.
-            entry = _ids(1).view((1,) * n_axes)
-        elif not varies:
-            entry = 0 if isinstance(entry, int) else slice(None)
-        own.append(entry)
-    return ids[tuple(own)]
-
-
 # -- the functions of torch that need not compute everything -------------------------------------
 
 
-def _deriving(how: Callable[..., _Where]) -> Callable[..., Tensor]:
+def _deriving(how: Callable[..., LogitIndex]) -> Callable[..., Tensor]:
     def derived(
         func: Callable[..., Tensor], logits: LazyLogits, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -556,7 +282,7 @@ def _unbound(func: Callable[..., Any], logits: LazyLogits, dim: int = 0) -> tupl
     if n_axes == 1 or not -n_axes <= dim < n_axes or where.columns.shape[dim] > 1:
         return func(logits.full(), dim)
     each = range(where.shape[dim])
-    return tuple(logits._derived(_Where.viewed, Tensor.select, (dim, i), {}) for i in each)
+    return tuple(logits._derived(LogitIndex.viewed, Tensor.select, (dim, i), {}) for i in each)
 
 
 def _iterated(func: Callable[..., Any], logits: LazyLogits) -> Any:
@@ -570,10 +296,10 @@ def _converted(func: Callable[..., Any], logits: LazyLogits, *args: Any, **kwarg
         return logits
     if not isinstance(after, Tensor):
         return after
-    if logits._plain is not None or after.device != before.device:
+    if logits._plain is not None:
         return func(logits.full(), *args, **kwargs)
     logits._memory.check()
-    casts = (*logits._casts, after.dtype)
+    casts = (*logits._casts, (after.device, after.dtype))
     memory = _Memory(is_copy=True)
     converted = _stand_in(logits._source, logits._where, casts, memory)
     memory.see(converted)
@@ -591,13 +317,14 @@ def _functions(names: str) -> list[Any]:
     return _methods(names) + [getattr(torch, one) for one in names.split() if hasattr(torch, one)]
 
 
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 _LAZY: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_functions("select narrow squeeze unsqueeze detach"), _deriving(_Where.viewed)),
-    **dict.fromkeys(_methods("data"), _deriving(_Where.viewed)),
-    **dict.fromkeys(_methods("__getitem__"), _deriving(_Where.indexed)),
-    **dict.fromkeys(_functions("gather"), _deriving(_Where.gathered)),
-    **dict.fromkeys(_functions("index_select"), _deriving(_Where.selected)),
+    **dict.fromkeys(
+        _functions("select narrow squeeze unsqueeze detach"), _deriving(LogitIndex.viewed)
+    ),
+    **dict.fromkeys(_methods("data"), _deriving(LogitIndex.viewed)),
+    **dict.fromkeys(_methods("__getitem__"), _deriving(LogitIndex.indexed)),
+    **dict.fromkeys(_functions("gather"), _deriving(LogitIndex.gathered)),
+    **dict.fromkeys(_functions("index_select"), _deriving(LogitIndex.selected)),
     **dict.fromkeys(_functions("unbind"), _unbound),
     **dict.fromkeys(_methods("__iter__"), _iterated),
     **dict.fromkeys(
@@ -674,7 +401,7 @@ class RecordingSource(LogitSource):
 
 
 def _union(ids: list[Tensor]) -> Int[Tensor, " id"]:
-    return torch.unique(torch.cat([_ids(0), *ids]))
+    return torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *ids]))
 
 
 def reads_of(

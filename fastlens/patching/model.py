@@ -1,5 +1,6 @@
 """What patching needs of a model. `HookedTransformer` has it; so does TransformerLens' own."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn as nn
@@ -60,6 +61,18 @@ def modules_with_hooks(model: PatchableModel) -> list[str]:
     everywhere = ["every module (a global torch hook)"] if _has_any_global_hook() else []
     return everywhere + [
         name or type(model).__name__
-        for name, module in model.named_modules()
+        for name, module in walk(model)
         if module._forward_hooks or module._forward_pre_hooks
     ]
+
+
+def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of a tree without shared modules, several times as fast; parents first."""
+    waiting = [("", root)]
+    while waiting:
+        name, module = waiting.pop()
+        yield name, module
+        start = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((start + key, child))

@@ -84,6 +84,9 @@ class Frame:
         """Pairs of query and key that these query rows look at."""
         if not self.is_causal:
             return rows.bit_count() * self.n_pos
+        low = (rows & -rows).bit_length() - 1
+        if rows and rows.bit_count() == rows.bit_length() - low:
+            return self.scores_between(low, rows.bit_length())
         return sum(position + 1 for position in positions_of(rows))
 
     def scores_between(self, start: int, stop: int) -> int:
@@ -219,11 +222,12 @@ def profile_of(frame: Frame, steps: Sequence[tuple[int, int, str, int]]) -> Prof
         rows = outputs | (late & wanted)
         peak = max(peak, (queries | keys).bit_count(), rows.bit_count())
         layer += 1
-        if at == len(steps) and layer < last and rows == frame.reach_of(rows):
-            # From here to the last layer nothing changes any more.
+        until = min(last, steps[at][0] if at < len(steps) else last)
+        if layer < until and rows == frame.reach_of(rows):
+            # Up to the next patch or the last layer nothing changes any more.
             n = rows.bit_count()
-            counts[layer:last] = (n, n, n, 0 if frame.is_attn_only else n, frame.scores_of(rows))
-            layer = last
+            counts[layer:until] = (n, n, n, 0 if frame.is_attn_only else n, frame.scores_of(rows))
+            layer = until
     if not rows & frame.needed_mask:
         return None
     return Profile(counts, peak, steps[0][:2], start)
@@ -374,6 +378,7 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
     Cost: a few microseconds a run; runs whose patches stand at the same places share the work.
     """
     plan = Plan(frame, runs)
+    plan.counts = np.zeros((frame.n_layers, len(COUNTED)), dtype=np.int64)
     known: dict[tuple[PlannedPatch, ...], int] = {}
     totals: dict[int, tuple[Profile, int]] = {}
     profiles: dict[tuple, Profile | str] = {}
@@ -387,20 +392,26 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
         if first != number:
             continue
         rows, entry, start, reason = 0, (frame.n_layers, 0), frame.n_pos, "null"
+        # Runs of one patch come in many alike; others are worth no memory.
+        place = (patches[0][:3], patches[0][4:]) if len(patches) == 1 else None
+        if frame.nulls:
+            place = None
         for example, times in examples:
-            key = tuple((p.site, p.layer, p.pos, p.keys, p.value, p.mode) for p in patches)
-            where = (key, example) if len(examples) > 1 else key
-            profile = profiles.get(where, "")
-            if profile == "" or any(p.value in frame.nulls for p in patches):
+            profile = None if place is None else profiles.get((place, example))
+            if profile is None:
                 profile = _profile_or_reason(frame, patches, example)
-                profiles[where] = profile
+                if place is not None:
+                    profiles[place, example] = profile
             if not isinstance(profile, Profile):
                 reason = "dead" if profile == "dead" else reason
                 continue
             rows += profile.peak * times
             entry, start = min(entry, profile.entry), min(start, profile.start)
-            before = totals.get(id(profile), (profile, 0))[1]
-            totals[id(profile)] = (profile, before + times)
+            if place is None:
+                plan.counts += profile.counts * times
+            else:
+                before = totals.get(id(profile), (profile, 0))[1]
+                totals[id(profile)] = (profile, before + times)
         if rows:
             found.append((entry, start, number, rows))
         else:
@@ -409,7 +420,6 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
     plan.order = [number for _, _, number, _ in found]
     plan.rows = [rows for _, _, _, rows in found]
     plan.entries = [entry[0] for entry, _, _, _ in found]
-    plan.counts = np.zeros((frame.n_layers, len(COUNTED)), dtype=np.int64)
     for profile, times in totals.values():
         plan.counts += profile.counts * times
     if memory is not None:

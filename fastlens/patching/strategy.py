@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from fastlens.components.rows import foreign_part
-from fastlens.hooks.point import HookPoint
 from fastlens.model.hooked_transformer import HookedTransformer
-from fastlens.patching.model import PatchableModel, modules_with_hooks
+from fastlens.patching.model import PatchableModel, modules_with_hooks, walk
 
 WAVE = "wave"
 LAYER_SKIP = "layer skip"
@@ -64,10 +63,8 @@ def _foreign(model: nn.Module) -> str | None:
     odd = foreign_part(model)
     if odd is not None:
         return odd
-    for name, leaf in model.named_parameters():
-        if leaf.dtype != model.cfg.dtype:
-            return f"{name} is {leaf.dtype} in a {model.cfg.dtype} model"
-    for name, module in model.named_modules():
-        if isinstance(module, HookPoint) and type(module) is not HookPoint:
-            return f"{name} is a {type(module).__name__}"
+    for name, module in walk(model):
+        for leaf_name, leaf in module._parameters.items():
+            if leaf is not None and leaf.dtype != model.cfg.dtype:
+                return f"{name}.{leaf_name} is {leaf.dtype} in a {model.cfg.dtype} model"
     return None

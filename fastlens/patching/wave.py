@@ -69,6 +69,7 @@ class Wave:
         pack: Which packed row is whose, as of now.
         n_stems: Branches of base runs and other prompts, which come first.
         stem_of: The stem whose masks and positions are a branch's.
+        needed: Positions whose logits are read.
     """
 
     model: Any
@@ -81,6 +82,7 @@ class Wave:
     pack: Pack = field(init=False)
     n_stems: int = field(init=False, default=0)
     stem_of: Int[Tensor, " branch"] = field(init=False)
+    needed: Bool[Tensor, " pos"] = field(init=False)
 
     def run(self, use: ChunkUse, first_layer: int = 0) -> Final:
         """All branches of the chunk to the end.
@@ -124,13 +126,8 @@ class Wave:
             torch.arange(len(example), device=device),
             example,
         )
+        self.needed = torch.zeros(n_pos, dtype=torch.bool, device=device)
+        self.needed[list(frame.needed)] = True
         if layer:
             return self.streams[layer]
         return self.stem.residual[self.pack.branch, self.pack.pos]
-
-    @property
-    def needed(self) -> Bool[Tensor, " pos"]:
-        """Positions whose logits are read."""
-        needed = torch.zeros(self.frame.n_pos, dtype=torch.bool, device=self.pack.own.device)
-        needed[list(self.frame.needed)] = True
-        return needed

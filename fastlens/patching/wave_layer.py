@@ -41,11 +41,7 @@ class Surroundings(Protocol):
     pack: Pack
     stem: Any
     stem_of: Int[Tensor, " branch"]
-
-    @property
-    def needed(self) -> Bool[Tensor, " pos"]:
-        """Positions whose logits are read."""
-        ...
+    needed: Bool[Tensor, " pos"]
 
 
 class WaveLayer:
