@@ -35,6 +35,7 @@ from benchmarks.peers import loops, stacked, transformer_lens_4
 from benchmarks.timing import Timing, alternating, machine
 from fastlens import HookedTransformer
 from fastlens.patching import get_act_patch, logit_diff, plan, sweep
+from fastlens.patching.plan import KEYS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "cpu-2-cores" / "sweep.json"
@@ -54,6 +55,8 @@ SLOW_RUNS = {HF: 4, BY_HAND: 3, ALONE: 1, TL3: 2, TL4: 2}
 # DESIGN section 9, of the machine that the issue's targets were set on.
 REFERENCE_FORWARD, REFERENCE_RATE = 0.060, 204e9
 EXPLAIN_BEYOND = 1.15
+# Of the 64-token sweep, of which one run takes as long as a whole round of the others.
+ROUNDS_OF_LONG = 5
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class Models:
 
 
 def our_contenders(models: Models, case: Case) -> dict[str, Contender]:
-    """fastlens' own ways to run the whole sweep."""
+    """fastlens' own ways to run the whole sweep; `sweep` runs the clean prompt as well."""
     ours = models.ours
     clean, corrupted = case.prompts(ours.cfg.d_vocab)
     metric = logit_diff(loops.ANSWER, loops.WRONG)
@@ -187,14 +190,16 @@ def our_contenders(models: Models, case: Case) -> dict[str, Contender]:
         OURS: Contender(swept(False)),
         AGAIN: Contender(swept(False)),
         VERIFIED: Contender(swept(None)),
-        FUNCTION: Contender(
-            lambda: loops.patched(get_act_patch, function, ours, corrupted, cache)
-        ),
+        FUNCTION: Contender(lambda: loops.patched(get_act_patch, function, ours, corrupted, cache)),
     }
 
 
 def slow_contenders(models: Models, case: Case) -> dict[str, Contender]:
-    """What users run today, and what they could write by hand."""
+    """What users run today, and what they could write by hand.
+
+    TransformerLens' loops are handed a clean cache, as their functions want; what is stacked by
+    hand runs the clean prompt itself.
+    """
     ours = models.ours
     clean, corrupted = case.prompts(ours.cfg.d_vocab)
     every = case.indices(ours.cfg.n_layers, ours.cfg.n_heads)
@@ -306,14 +311,20 @@ def timed(
         rounds: Of the quick ones, at least; more until they have taken ``seconds``.
         slow_runs: How often each slow one runs.
     """
-    order = [name for name in slow for _ in range(slow_runs[name])]
-    random.Random(0).shuffle(order)
+    shuffle = random.Random(0).shuffle
+    order: list[str | None] = [name for name in slow for _ in range(slow_runs[name])]
+    shuffle(order)
     found: dict[str, list[float]] = {name: [] for name in (*quick, *slow)}
     parts = len(order) + 1
-    for name in (*order, None):
-        # One round that does not count: a slow one has emptied the processor's caches.
+    for part, name in enumerate([*order, None]):
+        # `alternating` shuffles alike each time it is called.
+        names = list(quick)
+        shuffle(names)
         several = alternating(
-            quick, seconds=seconds / parts, min_rounds=math.ceil(rounds / parts), warm_ups=1
+            {one: quick[one] for one in names},
+            seconds=seconds / parts,
+            min_rounds=math.ceil(rounds / parts),
+            warm_ups=1 if part == 0 else 0,
         )
         if name is not None:
             several |= alternating({name: slow[name]}, min_rounds=1, max_rounds=1, warm_ups=0)
@@ -322,8 +333,13 @@ def timed(
     return {name: Timing(tuple(runs)) for name, runs in found.items()}
 
 
-# Rows that the wave multiplies at once: the MLP's blocks are no larger at GPT-2 small's sizes.
+# The wave's MLP multiplies no more rows at once at GPT-2 small's sizes.
 MOST_ROWS = 4096
+
+
+def widest(planned: Any) -> int:
+    """Most rows of any layer of a plan."""
+    return int((planned.counts + planned.base_counts())[:, KEYS].max())
 
 
 def measure(models: Models, case: Case, **options: Any) -> dict:
@@ -342,11 +358,10 @@ def measure(models: Models, case: Case, **options: Any) -> dict:
     whole = our_contenders(models, case)
     slow = slow_contenders(models, case) if case.loops else {}
     if not case.loops:
-        # One run of it takes as long as the others' slow ones.
-        whole = {name: whole[name] for name in (OURS, AGAIN, VERIFIED)}
+        whole = {name: whole[name] for name in (OURS, AGAIN)}
+        options["rounds"] = min(options["rounds"], ROUNDS_OF_LONG)
     differences = checked_differences({**whole, **slow}, gap)
-    widest = query.plan.counts.max() + query.plan.base_counts().max() if query.plan.order else 1
-    multiplied = products(ours.cfg, min(MOST_ROWS, max(1, int(widest))))
+    multiplied = products(ours.cfg, min(MOST_ROWS, widest(query.plan)))
     forward = torch.arange(16)[None] % ours.cfg.d_vocab
 
     def one_forward() -> Any:
@@ -454,6 +469,15 @@ def described(row: dict) -> list[str]:
     return lines
 
 
+# Whose number of runs is told.
+COUNTED = (
+    (OURS, "fastlens"),
+    (HF, "Hugging Face"),
+    (TL3, "TransformerLens 3.9"),
+    (TL4, "TransformerLens 4.3"),
+)
+
+
 def table(record: dict | None) -> str:
     """The README's table, from a results file."""
     if record is None:
@@ -472,7 +496,12 @@ def table(record: dict | None) -> str:
         ("fastlens / ideal", lambda row: f"{seconds_of(row, OURS) / ideal(row):.2f}"),
     ]
     about = record["machine"]
-    drawn = sum(row["scale"].get(TL3, 1.0) > 1 for row in record["rows"])
+    drawn = any(scale > 1 for row in record["rows"] for scale in row["scale"].values())
+    counts = {
+        said: [row["seconds"][name]["runs"] for row in record["rows"] if name in row["seconds"]]
+        for name, said in COUNTED
+    }
+    runs = ", ".join(f"{said} {_range(found)}" for said, found in counts.items() if found)
     factors = [machine_factors(row) for row in record["rows"]]
     forward, multiply = (sorted(f)[len(f) // 2] for f in zip(*factors, strict=True))
     others = " and ".join(record["peers"].values()) or "no other library"
@@ -486,7 +515,8 @@ def table(record: dict | None) -> str:
         "of alternating runs; values were compared first. TransformerLens runs its own "
         "`get_act_patch_*`, one forward per site; Hugging Face runs 16 sites (12 for `z`) stacked "
         "in the batch by hand, SDPA, last logits only. "
-        + ("The loops over the largest sweep ran a random tenth of it. " if drawn else "")
+        + ("Of the largest sweep the others ran a random tenth. " if drawn else "")
+        + f"Runs of each sweep: {runs}. "
         + "Ideal: the plan's FLOPs at the fp32 matrix rate measured in the same run. "
         f"{about['threads']} threads, {about['name']}, torch {about['torch']}, transformers "
         f"{about['transformers']}, {others}. Against the machine that the targets were set on, a "
@@ -494,6 +524,11 @@ def table(record: dict | None) -> str:
         f"{multiply:.2f} x as long.",
     ]
     return "\n".join(lines)
+
+
+def _range(counts: Sequence[int]) -> str:
+    few, many = min(counts), max(counts)
+    return str(few) if few == many else f"{few} to {many}"
 
 
 def _seconds(value: float | None) -> str:
@@ -519,7 +554,11 @@ def merged(old: dict | None, new: dict) -> dict:
     """
     names = {row["name"] for row in new["rows"]}
     kept = [] if old is None else [row for row in old["rows"] if row["name"] not in names]
-    if kept and old is not None and (old["machine"], old["peers"]) != (new["machine"], new["peers"]):
+    if (
+        kept
+        and old is not None
+        and (old["machine"], old["peers"]) != (new["machine"], new["peers"])
+    ):
         raise SystemExit("the results file is of another machine or versions: measure every sweep")
     order = [case.name for case in CASES]
     rows = sorted(kept + new["rows"], key=lambda row: order.index(row["name"]))
@@ -586,7 +625,10 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
             models.tl4 = stack.enter_context(
                 transformer_lens_4.started(arguments.tl4_python, hf, jobs, arguments.threads)
             )
-            peers[TL4] = f"transformer-lens {models.tl4.about['transformer_lens']}"
+            version = models.tl4.about["transformer_lens"]
+            if not version.startswith("4.") and not arguments.smoke:
+                options.error(f"--tl4-python has transformer-lens {version}, not 4")
+            peers[TL4] = f"transformer-lens {version}"
         else:
             print(f"{TL4} is left out: no --tl4-python is given", flush=True)
         record = {"machine": machine("cpu"), "peers": peers, "rows": []}

@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,11 @@ def main(folder: Path) -> None:
     # Whatever the libraries print is not an answer.
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import transformer_lens
-
         description = json.loads((folder / "jobs.json").read_text(encoding="utf-8"))
         torch.set_num_threads(description["threads"])
         model = bridge(folder)
         jobs = {name: Job(model, job) for name, job in description["jobs"].items()}
-        version = getattr(transformer_lens, "__version__", None)
-        if version is None:
-            from importlib.metadata import version as version_of
-
-            version = version_of("transformer-lens")
-        about = {"transformer_lens": version, "torch": str(torch.__version__)}
+        about = {"transformer_lens": version("transformer-lens"), "torch": torch.__version__}
         print(json.dumps(about), file=answers, flush=True)
         for line in sys.stdin:
             print(json.dumps(jobs[line.strip()]()), file=answers, flush=True)

@@ -21,6 +21,7 @@ from fastlens.patching.plan import Chunk
 from fastlens.patching.query import SweepPlan
 from fastlens.patching.record import key_of, layout_of, plan_from_layout
 from fastlens.patching.result import Outcome, refuse_if_wrong, scores_of, tolerance_of
+from fastlens.patching.runs import Run
 from fastlens.patching.strategy import ALONE, STACKED
 from fastlens.patching.uses import uses_of
 from fastlens.patching.wave import Wave
@@ -48,7 +49,7 @@ def execute(
         if folder is not None:
             stack.enter_context(folder)
             plan = plan_from_layout(plan, folder.layout)
-        stack.enter_context(_quiet(plan.model, plan.strategy.because.startswith("a source")))
+        stack.enter_context(_quiet(plan.model, plan.gradients))
         outcome = _Execution(plan, folder, progress).run()
         outcome.certificate.update(_certificate(plan, outcome, verify))
         scores = scores_of(plan, outcome)
@@ -159,8 +160,11 @@ class _Execution:
 
     def _by_hooks(self, bar: Any) -> None:
         query = self.query
-        how, other_logits = hooked_runs(query, query.runs)
+        how = hooked_runs(query, query.runs)
         base_logits = query.model(query.base, **_masked(query))
+        other_logits = base_logits
+        if query.other is not None:
+            other_logits = query.model(query.other, **_masked(query))
         is_denoising = query.direction == "denoising"
         clean_logits = other_logits if is_denoising else base_logits
         readings = [reading.with_clean(clean_logits) for reading in query.readings]
@@ -211,21 +215,34 @@ def _unpacked(tensors: dict[str, Tensor], n: int) -> tuple[list[Values], list[in
     return found, tensors["again"].tolist()
 
 
-def hooked_runs(query: SweepPlan, runs: Sequence[Any]) -> tuple[HookedRuns, Tensor]:
-    """What hooked runs are made from, and the other prompt's logits (the base's without one)."""
+def hooked_runs(query: SweepPlan, runs: Sequence[Run]) -> HookedRuns:
+    """What hooked runs are made from: the other prompt's activations, run no further than needed.
+
+    Raises: SweepError if nothing passes a place that is patched.
+    """
     model = query.model
     names = places_of(runs, query.sources)
-    tokens = query.base if query.other is None else query.other
-    logits, cache = model.run_with_cache(tokens, names_filter=names, **_masked(query))
-    passed = set(cache.keys())
+    other: dict[str, Tensor] = {}
+    if names:
+        assert query.other is not None
+        last = max(patch.layer for run in runs for patch in run.patches)
+        _, cache = model.run_with_cache(
+            query.other, names_filter=names, stop_at_layer=last + 1, **_masked(query)
+        )
+        other = {name: cache[name] for name in names if name in set(cache.keys())}
     for name in names:
-        if name not in passed:
+        if name not in other:
             raise SweepError(
                 f"nothing passes the hook point {name!r} in this model, so nothing can be patched "
                 f"there. A config flag may switch it off."
             )
-    other = {name: cache[name] for name in names}
-    return HookedRuns(model, query.base, query.prompts.mask, query.sources, other), logits
+    return HookedRuns(model, query.base, query.prompts.mask, query.sources, other)
+
+
+def _clean_tokens(query: SweepPlan) -> Tensor:
+    """Of the clean run; without another prompt the base is all there is."""
+    is_other = query.direction == "denoising" and query.other is not None
+    return query.other if is_other else query.base  # type: ignore[return-value]
 
 
 def _masked(query: SweepPlan) -> dict[str, Tensor]:
@@ -246,11 +263,11 @@ def _certificate(query: SweepPlan, outcome: Outcome, verify: Verify) -> dict[str
     }
     if not numbers:
         return certificate
-    how, other_logits = hooked_runs(query, [query.runs[i] for i in numbers])
-    clean_logits = other_logits
-    if query.direction == "noising":
-        clean_logits = query.model(query.base, **_masked(query))
-    readings = [reading.with_clean(clean_logits) for reading in query.readings]
+    how = hooked_runs(query, [query.runs[i] for i in numbers])
+    readings = query.readings
+    if any(reading.needs_clean for reading in readings):
+        clean_logits = query.model(_clean_tokens(query), **_masked(query))
+        readings = [reading.with_clean(clean_logits) for reading in readings]
     differences = [0.0] * len(readings)
     for number in numbers:
         logits = how.alone(query.runs[number], materialise=_is_small(query))

@@ -275,9 +275,14 @@ class Reading:
         """Of the plain value; a user's function has none."""
         return self.metric.unit if isinstance(self.metric, Metric) else ""
 
+    @property
+    def needs_clean(self) -> bool:
+        """Whether the metric compares with the clean run's distribution."""
+        return isinstance(self.metric, Metric) and self.metric.needs_clean
+
     def with_clean(self, clean_logits: Float[Tensor, "batch pos d_vocab"]) -> "Reading":
         """The reading with the clean run's distribution, where the metric compares with it."""
-        if not isinstance(self.metric, Metric) or not self.metric.needs_clean:
+        if not isinstance(self.metric, Metric) or not self.needs_clean:
             return self
         return replace(self, metric=self.metric.with_clean(clean_logits))
 

@@ -54,10 +54,11 @@ class Patch:
 class Sources:
     """The sources that a sweep's patches name, each once; the first is the other prompt."""
 
-    def __init__(self, batch: int, n_pos: int, seed: int):
+    def __init__(self, batch: int, n_pos: int, seed: int, *, keeps_graph: bool = False):
         self.batch = batch
         self.n_pos = n_pos
         self.seed = seed
+        self.keeps_graph = keeps_graph
         self.list: list[Source] = [Source("other", "the other prompt")]
         self._known: dict[Any, int] = {"other": 0}
 
@@ -82,7 +83,8 @@ class Sources:
                 raise SweepError(f"a source tensor must hold floats; got {value.dtype}.")
             if bool(value.isnan().any()):
                 raise SweepError(f"the source tensor of shape {list(value.shape)} holds NaN.")
-            return Source("tensor", f"a tensor {list(value.shape)}", tensor=value)
+            tensor = value if self.keeps_graph else value.detach()
+            return Source("tensor", f"a tensor {list(value.shape)}", tensor=tensor)
         if hasattr(value, "__getitem__") and hasattr(value, "keys"):
             return Source("cache", "a cache", cache=value)
         raise SweepError(

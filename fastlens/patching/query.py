@@ -43,6 +43,7 @@ class SweepPlan:
         normalize: Whether each metric is reported as a fraction of its gap.
         record: Prompts and options as they are kept with the scores.
         has_other: Whether the other prompt is run.
+        gradients: Whether the scores keep their graph.
     """
 
     model: PatchableModel
@@ -60,6 +61,7 @@ class SweepPlan:
     record: dict[str, Any] = field(default_factory=dict)
     is_several: bool = False
     has_other: bool = True
+    gradients: bool = False
 
     @property
     def base(self) -> Tensor:
@@ -208,6 +210,7 @@ def plan(
     attention_mask: Any = None,
     memory: int | str | None = None,
     seed: int = 0,
+    gradients: bool = False,
 ) -> SweepPlan:
     """Check and plan a sweep without running it; see `sweep` for the arguments.
 
@@ -231,7 +234,7 @@ def plan(
     ]
     if normalize is not None:
         readings = [replace(reading, normalize=normalize) for reading in readings]
-    sources = Sources(prompts.batch, prompts.n_pos, seed)
+    sources = Sources(prompts.batch, prompts.n_pos, seed, keeps_graph=gradients)
     if runs is not None:
         restricted = {"by": by, "layers": layers, "positions": positions, "heads": heads,
                       "neurons": neurons, "key_positions": key_positions}  # fmt: skip
@@ -255,6 +258,7 @@ def plan(
         seed=seed,
         record=record,
         is_several=is_several,
+        gradients=gradients,
     )
 
 
@@ -272,6 +276,7 @@ def framed(
     is_several: bool = False,
     has_other: bool = True,
     nulls: Mapping[int, NullTest] | None = None,
+    gradients: bool = False,
 ) -> SweepPlan:
     """The plan of runs whose patches are already integers.
 
@@ -284,9 +289,7 @@ def framed(
         wants_of(reading, prompts.n_pos, cfg.d_vocab_out, cfg.dtype, device) for reading in readings
     ]
     positions, columns = merged(wants, prompts.n_pos, cfg.d_vocab_out)
-    given = [source.tensor for source in sources if source.tensor is not None]
-    needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    strategy = strategy_of(model, needs_gradients=needs_gradients)
+    strategy = strategy_of(model, needs_gradients=gradients)
     base, other = prompts.base_and_source(direction)
     with torch.no_grad():
         stem, first = stem_of(model, base, other if has_other else None, prompts.mask)
@@ -310,6 +313,7 @@ def framed(
         record=record or {},
         is_several=is_several,
         has_other=has_other,
+        gradients=gradients,
     )
 
 

@@ -44,14 +44,14 @@ class Outcome:
     def gap(self, query: SweepPlan, metric: int) -> float:
         """Clean minus corrupted, of the mean over examples."""
         clean, corrupted = self.clean_and_corrupted(query, metric)
-        return float(clean.double().mean() - corrupted.double().mean())
+        return float(clean.detach().double().mean() - corrupted.detach().double().mean())
 
 
 def tolerance_of(query: SweepPlan, outcome: Outcome, metric: int) -> float:
     """Largest difference between two ways to make a run that rounding may cause."""
     tolerance = TOLERANCE.get(query.model.cfg.dtype, TOLERANCE[torch.float32])
     gap = abs(outcome.gap(query, metric))
-    largest = float(outcome.base[metric].double().abs().max())
+    largest = float(outcome.base[metric].detach().double().abs().max())
     # A metric of large numbers, such as a sum of logits, has a small gap and large rounding.
     return tolerance * max(1.0, gap, 1e-2 * largest if math.isfinite(largest) else 0.0)
 
@@ -92,7 +92,7 @@ def _one_metric(query: SweepPlan, outcome: Outcome, metric: int) -> Scores:
     reading, grid = query.readings[metric], query.grid
     clean_values, corrupted_values = outcome.clean_and_corrupted(query, metric)
     values = torch.stack([value.double() for value in outcome.values[metric]])
-    clean, corrupted = (float(x.double().mean()) for x in (clean_values, corrupted_values))
+    clean, corrupted = (float(x.detach().double().mean()) for x in (clean_values, corrupted_values))
     reference = corrupted if query.direction == "denoising" else clean
     baselines = {"clean": clean, "corrupted": corrupted}
     unit = reading.unit
@@ -123,8 +123,8 @@ def _one_metric(query: SweepPlan, outcome: Outcome, metric: int) -> Scores:
             "sites": list(grid.named),
             "direction": query.direction,
             "metric": reading.name,
-            "clean_metric": float(clean_values.double().mean()),
-            "corrupted_metric": float(corrupted_values.double().mean()),
+            "clean_metric": clean,
+            "corrupted_metric": corrupted,
             "clean_tokens": query.prompts.clean.tolist(),
             "corrupted_tokens": query.prompts.corrupted.tolist(),
             **query.record,
@@ -147,7 +147,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 def check_gap(clean: Tensor, corrupted: Tensor, reading: Reading) -> None:
     """Raises: MetricError if the two runs give the same, so that fractions mean nothing."""
-    a, b = float(clean.double().mean()), float(corrupted.double().mean())
+    a, b = (float(x.detach().double().mean()) for x in (clean, corrupted))
     rounding = 16 * torch.finfo(clean.dtype).eps * max(abs(a), abs(b))
     if not math.isfinite(a - b) or abs(a - b) <= rounding:
         raise MetricError(

@@ -40,7 +40,7 @@ class Strategy:
 def strategy_of(model: PatchableModel, *, needs_gradients: bool = False) -> Strategy:
     """The best exact way for this model as it is now."""
     if needs_gradients:
-        return Strategy(ALONE, "a source tensor requires gradients")
+        return Strategy(ALONE, "gradients were asked for")
     assert isinstance(model, nn.Module)
     hooked = modules_with_hooks(model)
     if hooked:

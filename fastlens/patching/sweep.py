@@ -41,6 +41,7 @@ def sweep(
     attention_mask: Any = None,
     memory: int | str | None = None,
     seed: int = 0,
+    gradients: bool = False,
     verify: Verify = None,
     progress: bool = True,
     out: str | Path | None = None,
@@ -83,6 +84,8 @@ def sweep(
         memory: What the sweep may take beside model and results: bytes, or ``"2GiB"``; by default
             half of what is free. The answer does not depend on it beyond rounding.
         seed: For ``source="resample"``.
+        gradients: Keep the graph, so that ``scores.values`` can be differentiated with respect to
+            source tensors and weights that require gradients. One forward per run, all kept.
         verify: How many runs are made again one at a time with `run_with_hooks` and compared, the
             strongest first, then drawn at random; ``"all"`` or True for all, 0 or False for none.
             By default one, or as many as cost 5 % of the work.
@@ -126,6 +129,7 @@ def sweep(
         attention_mask=attention_mask,
         memory=memory,
         seed=seed,
+        gradients=gradients,
     )
     return execute(query, verify=verify, progress=progress, out=out)
 

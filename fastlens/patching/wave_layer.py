@@ -407,7 +407,7 @@ class WaveLayer:
     # -- MLP ---------------------------------------------------------------------------------
 
     def _mlp(self, in_stream: Tensor) -> None:
-        """The MLP's output into the stream; a parallel block makes it only where its input changed."""
+        """The MLP's output into the stream; in a parallel block, only where its input changed."""
         inside = ("mlp_in", "mlp_pre", "mlp_pre_linear", "mlp_mid", "mlp_post")
         self._join(*inside)
         pack, x = self.pack, self.rows["x"]
