@@ -2,8 +2,8 @@
 
     python transformer_lens_4_worker.py FOLDER
 
-`FOLDER` holds a Hugging Face model as `save_pretrained` writes it, and `jobs.json`: name -> function,
-prompts and sites. It answers each line, a job's name, with a line of JSON: the values.
+`FOLDER` holds a Hugging Face model as `save_pretrained` writes it, and `jobs.json`: name ->
+function, prompts and sites. It answers each line, a job's name, with a line of JSON: the values.
 """
 
 import contextlib

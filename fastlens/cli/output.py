@@ -78,9 +78,10 @@ def progress(what: str) -> Iterator[bool]:
 def save(scores: "Scores", out: Path | None) -> dict[str, Path]:
     """Write scores and heatmap into ``out``: what was written, by kind. Nothing for None.
 
-    Without matplotlib there is no heatmap, and a note says so.
+    Without matplotlib, or with more axes or panels than can be looked at, there is no heatmap, and
+    a note says so.
     """
-    from fastlens.errors import MissingDependencyError
+    from fastlens.errors import MissingDependencyError, ShapeError
     from fastlens.scores import JSON_NAME, TENSORS_NAME
 
     if out is None:
@@ -89,7 +90,7 @@ def save(scores: "Scores", out: Path | None) -> dict[str, Path]:
     files = {"scores": out / JSON_NAME, "tensors": out / TENSORS_NAME}
     try:
         scores.plot(out / HEATMAP_NAME)
-    except MissingDependencyError as error:
+    except (MissingDependencyError, ShapeError) as error:
         note(f"no heatmap: {error}")
     else:
         files["heatmap"] = out / HEATMAP_NAME
@@ -103,14 +104,17 @@ def said_files(files: dict[str, Path]) -> str:
 
 def scores_record(scores: "Scores", k: int) -> dict[str, Any]:
     """Scores as JSON holds them, with their ``k`` strongest cells."""
+    error = scores.standard_error
     return {
         "title": scores.title,
         "unit": scores.unit,
         "axes": scores.axes,
         "labels": scores.labels,
         "values": scores.values.tolist(),
+        "standard_error": None if error is None else error.tolist(),
         "reference": scores.reference,
         "baselines": scores.baselines,
+        "by_metric": scores.by_metric,
         "strongest": [
             {**dict(zip(scores.axes, cell.labels, strict=True)), "value": cell.value}
             for cell in scores.top(k)

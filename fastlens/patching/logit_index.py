@@ -230,7 +230,7 @@ def _entries(index: Any, shape: Shape) -> list[Any] | None:
         index = (index,)
     parts = [_entry(part) for part in index]
     used = sum(_n_axes(part) for part in parts if part is not None and part is not ...)
-    if any(part is NotImplemented for part in parts) or used > len(shape):
+    if any(part is NotImplemented for part in parts):
         return None
     if not any(part is ... for part in parts):
         parts.append(...)

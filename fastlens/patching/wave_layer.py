@@ -1,7 +1,7 @@
 """One layer of the wave: where runs join, what is patched, and which rows each product sees."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,7 @@ GATHER_BYTES = 24 * 2**20
 HIDDEN_BYTES = 48 * 2**20
 
 
+@runtime_checkable
 class Surroundings(Protocol):
     """What a layer needs of its wave."""
 

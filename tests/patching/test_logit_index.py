@@ -82,7 +82,7 @@ def test_views_and_choices():
     ids = torch.tensor([[[4], [0]]])
     at = whole.gathered(torch.gather, 2, ids)
     assert torch.equal(named(at), NAMES.gather(2, ids)) and asked(at) == ([0, 1], [0, 4])
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="Dimension out of range"):
         whole.selected(Tensor.index_select, 3, torch.tensor([0]))
 
 
