@@ -19,6 +19,10 @@ from fastlens.patching.wave import Final
 LOGIT_BYTES = 64 * 2**20
 
 
+# In a list of runs: the base run, or the other prompt's.
+BASE_RUN = -1
+
+
 class RowDroppedError(Exception):
     """A metric asked for logits of a row that was not kept: its reads were predicted wrongly."""
 
@@ -88,7 +92,8 @@ class Evaluator:
         Args:
             names: What to call the runs in messages.
 
-        Returns: the values, and which runs must be made again with every row kept.
+        Returns: the values, and which runs must be made again with every row kept; `BASE_RUN` among
+            them if the base run or the other prompt's must.
         """
         x = final.x
         if self.model.cfg.normalization_type is not None:
@@ -107,7 +112,8 @@ class Evaluator:
                 reading.refuse_nan(values, labels)
             else:
                 one_by_one = self._one_by_one(x, final.table, every, reading, wants, labels)
-                again |= {i - len(stems) for i, value in enumerate(one_by_one) if value is None}
+                dropped = {i - len(stems) for i, value in enumerate(one_by_one) if value is None}
+                again |= {max(i, BASE_RUN) for i in dropped}
                 known = next((value for value in one_by_one if value is not None), None)
                 if known is None:
                     known = torch.full((), torch.nan)

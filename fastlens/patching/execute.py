@@ -12,10 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlens.errors import MetricError, SweepError
-from fastlens.patching.evaluate import Evaluator, Values
+from fastlens.patching.evaluate import BASE_RUN, Evaluator, Values
 from fastlens.patching.folder import SweepFolder
 from fastlens.patching.hooked import HookedRuns, places_of
-from fastlens.patching.metrics import Reading
 from fastlens.patching.model import PatchableModel, walk
 from fastlens.patching.plan import Chunk
 from fastlens.patching.query import SweepPlan
@@ -44,11 +43,15 @@ def execute(
     _check_verify(verify)
     folder = None
     if out is not None:
+        if plan.gradients:
+            raise SweepError("out= keeps numbers, not graphs: leave it out, or gradients=True.")
         folder = SweepFolder.open(out, key_of(plan), layout_of(plan))
     with contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder)
             plan = plan_from_layout(plan, folder.layout)
+            # Sums are cut up by threads: another number of them gives other last bits.
+            stack.enter_context(_threads(int(folder.layout["threads"])))
         stack.enter_context(_quiet(plan.model, plan.gradients))
         outcome = _Execution(plan, folder, progress).run()
         outcome.certificate.update(_certificate(plan, outcome, verify))
@@ -72,135 +75,146 @@ class _Execution:
     def run(self) -> Outcome:
         query = self.query
         self.values = [[None] * len(query.runs) for _ in query.readings]
-        n_computed = len(query.plan.order) if query.strategy.is_wave else len(query.runs)
         # Nothing is shown before two seconds have passed.
         with tqdm(
-            total=n_computed,
+            total=len(query.plan.order),
             desc=f"{', '.join(query.grid.named)} {query.direction}",
             unit="run",
             delay=2,
             disable=not self.progress,
         ) as bar:
-            if query.strategy.is_wave:
-                self._by_wave(bar)
-            else:
-                self._by_hooks(bar)
-        base = [one[0] for one in self.stems]
-        for per_run, of_base in zip(self.values, base, strict=True):
-            for number, value in enumerate(per_run):
-                if value is not None:
-                    continue
-                first = query.plan.same_as[number]
-                known = per_run[first] if first < number else None
-                per_run[number] = of_base if known is None else known
+            again = self._chunks(query, range(len(query.runs)), bar)
+        if again is None:
+            # Not even the base run read what was expected: no run can be left out by that.
+            again = list(range(len(query.runs)))
+        for per_run in self.values:
+            for number in again:
+                per_run[number] = None
+        if again:
+            full = query.keeping_all(again)
+            none_left = self._chunks(full, again, None)
+            assert none_left == []
+            self._fill(full, again)
+        self._fill(query, range(len(query.runs)))
         found = [[v for v in per_run if v is not None] for per_run in self.values]
-        for reading, per_run, of_base in zip(query.readings, found, base, strict=True):
-            if any(value.shape != of_base.shape for value in per_run):
+        for reading, per_run, stems in zip(query.readings, found, self.stems, strict=True):
+            if any(value.shape != stems[0].shape for value in per_run):
                 raise MetricError(
                     f"the metric {reading.name!r} returned a scalar for some runs and [batch] for "
                     f"others. It must return one of them."
                 )
-        other = [one[1] if len(one) > 1 else one[0] for one in self.stems]
+        base = [stems[0] for stems in self.stems]
+        other = [stems[-1] for stems in self.stems]
         return Outcome(found, base, other, {})
 
-    # -- the wave ----------------------------------------------------------------------------
+    def _chunks(self, query: SweepPlan, numbers: Sequence[int], bar: Any) -> list[int] | None:
+        """Make all chunks of a plan of the runs ``numbers``.
 
-    def _by_wave(self, bar: Any) -> None:
-        query = self.query
+        Returns: runs whose metric read a row that was not kept; None if the base run's did.
+        """
         # Without any run to compute, base run and other prompt are still wanted.
         chunks = query.plan.chunks or [Chunk([], 0, 0)]
-        finished = set() if self.folder is None else set(self.folder.finished())
+        # A second pass is not kept: it is rare, and small.
+        folder = None if bar is None else self.folder
+        finished = set() if folder is None else set(folder.finished())
+        make = _Waves(query) if query.strategy.is_wave else _Forwards(query)
         again: list[int] = []
-        wave = self._wave(query, len(chunks) - len(finished) > 1)
-        for number, chunk in enumerate(chunks):
-            if number in finished:
-                assert self.folder is not None
-                found, redo = _unpacked(self.folder.read(number), len(query.readings))
+        for at, chunk in enumerate(chunks):
+            if folder is not None and at in finished:
+                found, redo = _unpacked(folder.read(at), len(query.readings))
             else:
-                found, redo = _one_chunk(query, wave, chunk)
-                if self.folder is not None:
-                    self.folder.write(number, _packed(found, redo))
-            if number == 0:
+                found, redo = make(chunk)
+                if folder is not None:
+                    folder.write(at, _packed(found, redo))
+            if BASE_RUN in redo:
+                return None
+            if at == 0:
                 self.stems = [values.stems for values in found]
-            again += [chunk.runs[i] for i in redo]
-            for per_run, values in zip(self.values, found, strict=True):
-                for run, value in zip(chunk.runs, values.runs, strict=True):
-                    per_run[run] = value
-            bar.update(len(chunk.runs))
-        if again or any(bool(stem.isnan().any()) for stem in self.stems):
-            self._again(again)
-
-    def _again(self, numbers: list[int]) -> None:
-        """Runs whose metric read a row that was not kept, with every row kept."""
-        full = self.query.keeping_all(numbers)
-        wave = self._wave(full, len(full.plan.chunks) > 1)
-        known: dict[int, int] = {}
-        for number, chunk in enumerate(full.plan.chunks or [Chunk([], 0, 0)]):
-            found, redo = _one_chunk(full, wave, chunk)
-            assert not redo
-            if number == 0:
-                self.stems = [values.stems for values in found]
+            again += [numbers[chunk.runs[i]] for i in redo]
             for per_run, values in zip(self.values, found, strict=True):
                 for run, value in zip(chunk.runs, values.runs, strict=True):
                     per_run[numbers[run]] = value
-                    known[run] = numbers[run]
-        for i, number in enumerate(numbers):
-            if i not in known:
-                for per_run, stems in zip(self.values, self.stems, strict=True):
-                    per_run[number] = stems[0]
+            if bar is not None:
+                bar.update(len(chunk.runs))
+        return again
 
-    @staticmethod
-    def _wave(query: SweepPlan, keep_streams: bool) -> Wave:
-        return Wave(
+    def _fill(self, query: SweepPlan, numbers: Sequence[int]) -> None:
+        """Runs that were not computed: as an equal run, or as the base run."""
+        for per_run, stems in zip(self.values, self.stems, strict=True):
+            for i, number in enumerate(numbers):
+                if per_run[number] is None:
+                    same = per_run[numbers[query.plan.same_as[i]]]
+                    per_run[number] = stems[0] if same is None else same
+
+
+class _Waves:
+    """Chunks made by the wave, which keeps the stems' streams from one to the next."""
+
+    def __init__(self, query: SweepPlan):
+        self.query = query
+        self.wave = Wave(
             *(query.model, query.plan.frame, query.stem, query.sources, query.prompts.n_pos),
-            keep_streams=keep_streams,
+            keep_streams=len(query.plan.chunks) > 1,
+        )
+        is_noising = query.direction == "noising"
+        self.evaluator = Evaluator(
+            *(query.model, query.readings, query.wants, query.prompts.n_pos),
+            clean_branch=0 if is_noising else query.plan.frame.batch,
         )
 
-    # -- with hooks --------------------------------------------------------------------------
-
-    def _by_hooks(self, bar: Any) -> None:
+    def __call__(self, chunk: Chunk) -> tuple[list[Values], list[int]]:
         query = self.query
-        how = hooked_runs(query, query.runs)
+        use = uses_of(query.plan, chunk)
+        final = self.wave.run(use, chunk.first_layer)
+        names = [query.grid.name(query.runs[number]) for number in chunk.runs]
+        return self.evaluator.values(final, use, names)
+
+
+class _Forwards:
+    """Chunks made by hooked forwards, one for each run or several stacked in the batch."""
+
+    def __init__(self, query: SweepPlan):
+        self.query = query
+        self.how = hooked_runs(query, query.runs)
         base_logits = query.model(query.base, **_masked(query))
-        other_logits = base_logits
+        named = [("the base run", base_logits)]
         if query.other is not None:
-            other_logits = query.model(query.other, **_masked(query))
-        is_denoising = query.direction == "denoising"
-        clean_logits = other_logits if is_denoising else base_logits
-        readings = [reading.with_clean(clean_logits) for reading in query.readings]
-        self.stems = []
-        for reading in readings:
-            values = [reading.of_logits(base_logits, "the base run")]
-            if query.other is not None:
-                values.append(reading.of_logits(other_logits, "the other prompt's run"))
-            self.stems.append(torch.stack(values))
-        names = [query.grid.name(run) for run in query.runs]
+            named.append(("the other prompt's run", query.model(query.other, **_masked(query))))
+        clean_logits = named[-1 if query.direction == "denoising" else 0][1]
+        self.itemsize = base_logits.element_size()
+        self.readings = [reading.with_clean(clean_logits) for reading in query.readings]
+        self.stems = [
+            torch.stack([reading.of_logits(logits, name) for name, logits in named])
+            for reading in self.readings
+        ]
+
+    def __call__(self, chunk: Chunk) -> tuple[list[Values], list[int]]:
+        query = self.query
+        runs = [query.runs[number] for number in chunk.runs]
+        names = [query.grid.name(run) for run in runs]
+        values: dict[int, list[Tensor]] = {}
         if query.strategy.name == ALONE:
-            for number, run in enumerate(query.runs):
-                self._read(readings, number, how.alone(run), names[number])
-                bar.update(1)
-            return
-        size = how.runs_per_stack(base_logits.element_size())
-        for numbers, logits in how.stacked(query.runs, size):
-            for number, one in zip(numbers, logits, strict=True):
-                self._read(readings, number, one, names[number])
-            bar.update(len(numbers))
+            for i, run in enumerate(runs):
+                values[i] = self._read(self.how.alone(run), names[i])
+        else:
+            size = self.how.runs_per_stack(self.itemsize)
+            for numbers, logits in self.how.stacked(runs, size):
+                for i, one in zip(numbers, logits, strict=True):
+                    values[i] = self._read(one, names[i])
+        in_order = [values[i] for i in range(len(runs))]
+        found = []
+        for m, stems in enumerate(self.stems):
+            per_run = [one[m] for one in in_order]
+            if any(value.shape != stems.shape[1:] for value in per_run):
+                raise MetricError(
+                    f"the metric {query.readings[m].name!r} returned a scalar for some runs and "
+                    f"[batch] for others. It must return one of them."
+                )
+            found.append(Values(stems, torch.stack(per_run)))
+        return found, []
 
-    def _read(self, readings: Sequence[Reading], number: int, logits: Tensor, name: str) -> None:
-        for per_run, reading in zip(self.values, readings, strict=True):
-            per_run[number] = reading.of_logits(logits, name)
-
-
-def _one_chunk(query: SweepPlan, wave: Wave, chunk: Chunk) -> tuple[list[Values], list[int]]:
-    use = uses_of(query.plan, chunk)
-    final = wave.run(use, chunk.first_layer)
-    is_noising = query.direction == "noising"
-    evaluator = Evaluator(
-        *(query.model, query.readings, query.wants, query.prompts.n_pos),
-        clean_branch=0 if is_noising else query.plan.frame.batch,
-    )
-    names = [query.grid.name(query.runs[number]) for number in chunk.runs]
-    return evaluator.values(final, use, names)
+    def _read(self, logits: Tensor, name: str) -> list[Tensor]:
+        return [reading.of_logits(logits, name) for reading in self.readings]
 
 
 def _packed(found: list[Values], redo: list[int]) -> dict[str, Tensor]:
@@ -327,6 +341,16 @@ def _check_verify(verify: Verify) -> None:
         raise SweepError(f"verify={verify!r} must be a number, True, False or 'all'.")
     if verify is not None and not isinstance(verify, str) and verify < 0:
         raise SweepError(f"verify={verify} must not be negative.")
+
+
+@contextlib.contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -429,6 +429,24 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
     return plan
 
 
+# Runs that are made between two writes where the wave does not run.
+HOOKED_RUNS = 32
+
+
+def unplanned(frame: Frame, runs: Sequence[Run]) -> Plan:
+    """All runs in the order of their first layer, none left out: for hooked forwards."""
+    plan = Plan(frame, runs, [run.patches for run in runs], list(range(len(runs))))
+    plan.counts = np.zeros((frame.n_layers, len(COUNTED)), dtype=np.int64)
+    first = [min(patch.layer for patch in run.patches) for run in runs]
+    plan.order = sorted(range(len(runs)), key=first.__getitem__)
+    plan.rows = [0] * len(runs)
+    plan.entries = [first[number] for number in plan.order]
+    for start in range(0, len(runs), HOOKED_RUNS):
+        part = plan.order[start : start + HOOKED_RUNS]
+        plan.chunks.append(Chunk(part, first[part[0]], 0))
+    return plan
+
+
 def _kinds_of_example(frame: Frame) -> list[tuple[int, int]]:
     """(an example, how many are planned alike)."""
     if frame.nulls:

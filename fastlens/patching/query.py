@@ -15,7 +15,7 @@ from fastlens.patching.grid import Grid, given_runs, grid_of
 from fastlens.patching.metrics import Reading, reading_of
 from fastlens.patching.model import PatchableModel
 from fastlens.patching.patch import Patch, Sources, Value
-from fastlens.patching.plan import COUNTED, MLP, QUERIES, NullTest, Plan, plan_runs
+from fastlens.patching.plan import COUNTED, MLP, QUERIES, NullTest, Plan, plan_runs, unplanned
 from fastlens.patching.prompts import Direction, Prompt, Prompts, prompt_record, prompts_of
 from fastlens.patching.runs import Run, Selection
 from fastlens.patching.sites import SITES
@@ -305,7 +305,10 @@ def framed(
         nulls=nulls,
     )
     allowed = int(free_bytes(device) * FREE_SHARE) if memory is None else bytes_of(memory)
-    made = plan_runs(frame, grid.runs, allowed if strategy.is_wave else None)
+    if strategy.is_wave:
+        made = plan_runs(frame, grid.runs, allowed)
+    else:
+        made = unplanned(frame, grid.runs)
     return SweepPlan(
         *(model, prompts, grid, sources, readings, wants, direction, strategy, made, stem),
         memory=allowed,

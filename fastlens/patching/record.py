@@ -41,6 +41,7 @@ def layout_of(query: SweepPlan) -> dict[str, Any]:
     return {
         "strategy": query.strategy.name,
         "chunks": [chunk.runs for chunk in query.plan.chunks],
+        "memory": query.memory,
         "threads": torch.get_num_threads(),
         "seed": query.seed,
         "torch": str(torch.__version__),
@@ -59,6 +60,7 @@ def plan_from_layout(query: SweepPlan, layout: dict[str, Any]) -> SweepPlan:
             f"another folder."
         )
     plan = query.plan
+    query = replace(query, memory=int(layout["memory"]))
     if not query.strategy.is_wave or layout["chunks"] == [chunk.runs for chunk in plan.chunks]:
         return query
     entry = dict(zip(plan.order, plan.entries, strict=True))

@@ -74,6 +74,15 @@ def test_without_matplotlib_the_scores_are_kept(scores, tmp_path, monkeypatch, c
     assert "no heatmap: plotting needs matplotlib" in capsys.readouterr().err
 
 
+def test_scores_that_cannot_be_drawn_are_kept(tmp_path, capsys):
+    axes = ("site", "layer", "pos", "head")
+    labels = {axis: ["a", "b"] for axis in axes}
+    four = Scores(torch.rand(2, 2, 2, 2), axes, labels)
+    assert set(output.save(four, tmp_path)) == {"scores", "tensors"}
+    assert "no heatmap: " in capsys.readouterr().err
+    assert Scores.load(tmp_path).values.equal(four.values)
+
+
 class Terminal:
     """A stderr that says it is a terminal."""
 

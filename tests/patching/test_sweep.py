@@ -1,5 +1,6 @@
 """Sweeps against one run at a time by `run_with_hooks`, and what surrounds them."""
 
+import inspect
 import itertools
 import math
 import re
@@ -9,16 +10,20 @@ import pytest
 import torch
 
 from fastlens import HookedTransformer
-from fastlens.errors import MetricError, SourceError, SweepError
+from fastlens.errors import FastlensError, MetricError, SourceError, SweepError
 from fastlens.patching import (
+    Patch,
     answer_logit,
     answer_prob,
     cross_entropy,
+    execute,
     kl_divergence,
     logit_diff,
+    plan,
     sweep,
 )
 from fastlens.patching.sites import SITES, available_sites
+from fastlens.patching.wave import Wave
 from fastlens.scores import Scores
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS, tiny
@@ -155,14 +160,19 @@ def test_every_axis(site, by):
     assert_close_to(scores.per_example, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 10_000])
-def test_the_batch_size_does_not_change_the_result(batch_size):
+def test_the_memory_does_not_change_the_result():
     model = ours("neox", dtype=torch.float64)
     clean, corrupted = pair(2)
     default = sweep(model, clean, corrupted, metric=METRIC)
-    other = sweep(model, clean, corrupted, metric=METRIC, batch_size=batch_size)
-    assert_close_to(other.values, default.values, atol=1e-12)
-    assert other.plan["runs_per_forward"] == max(1, batch_size // 2)
+    with pytest.raises(SweepError, match="too little") as caught:
+        sweep(model, clean, corrupted, metric=METRIC, memory=1)
+    least = int(re.search(r"at least ([\d,]+)", str(caught.value))[1].replace(",", ""))
+    chunks = []
+    for memory in (least, least + 20_000, f"{-(-least // 2**20) + 1}MiB"):
+        other = sweep(model, clean, corrupted, metric=METRIC, memory=memory)
+        assert_close_to(other.values, default.values, atol=1e-12)
+        chunks.append(other.plan["chunks"])
+    assert chunks[0] > chunks[1] > chunks[2] == default.plan["chunks"] == 1
 
 
 def test_restrictions():
@@ -279,6 +289,139 @@ def test_a_transformer_lens_model_can_be_swept():
     )
     with pytest.raises(SweepError, match="nothing passes the hook point"):
         sweep(reference, clean, corrupted, sites="result", metric=METRIC)
+
+
+# -- windows, runs one by one, sources -----------------------------------------------------------
+
+
+def test_windows_patch_neighbouring_layers_together():
+    model = ours("gpt2", dtype=torch.float64, n_layers=4)
+    clean, corrupted = pair(2)
+    scores = sweep(model, clean, corrupted, sites="mlp_out", window=3, metric=METRIC)
+    by_hand = sweep(
+        model,
+        clean,
+        corrupted,
+        metric=METRIC,
+        runs={
+            f"{layer} {pos}": [
+                Patch("mlp_out", one, pos=pos)
+                for one in range(max(0, layer - 1), min(4, layer + 2))
+            ]
+            for layer in range(4)
+            for pos in range(N_POS)
+        },
+        verify="all",
+    )
+    assert scores.axes == ("layer", "pos")
+    assert_close_to(scores.values.flatten(), by_hand.values, atol=1e-12)
+    assert by_hand.labels["run"][:2] == ["0 0", "0 1"]
+    single = sweep(model, clean, corrupted, sites="mlp_out", metric=METRIC)
+    assert (scores.values - single.values).abs().max() > 1e-6
+
+
+def test_a_window_of_one_layer_less_than_even_leans_down():
+    """Meng et al.: as many layers below as above, the odd one below."""
+    model = ours("gpt2", dtype=torch.float64)
+    clean, corrupted = pair()
+    scores = sweep(model, clean, corrupted, sites="attn_out", by="layer", window=2, metric=METRIC)
+    runs = [[Patch("attn_out", layer) for layer in pair_] for pair_ in ([0], [0, 1], [1, 2])]
+    expected = sweep(model, clean, corrupted, runs=runs, metric=METRIC)
+    assert_close_to(scores.values, expected.values, atol=1e-12)
+
+
+def test_runs_by_name_may_mix_everything():
+    model = ours("llama", dtype=torch.float64)
+    clean, corrupted = pair(3)
+    vector = torch.linspace(-1, 1, model.cfg.d_model, dtype=torch.float64)
+    _, cache = model.run_with_cache(prompts(3, N_POS, seed=4))
+    runs = {
+        "two heads off": [
+            Patch("z", 0, head=[1, 2], source="zero"),
+            Patch("z", 1, head=0, source="zero"),
+        ],
+        "steered": Patch("resid_post", 1, pos=-1, source=vector, mode="add"),
+        "halved": Patch("mlp_out", -1, source=0.5, mode="scale"),
+        "mean": Patch("resid_pre", 1, source="mean"),
+        "another's": Patch("k", 0, source="resample"),
+        "cached": Patch("attn_out", 1, source=cache.cache_dict),
+    }
+    scores = sweep(model, clean, corrupted, runs=runs, metric=METRIC, verify="all")
+    assert scores.axes == ("run",) and scores.labels == {"run": list(runs)}
+    assert scores.certificate["max_difference"] <= 1e-12
+    assert bool(((scores.values - scores.reference).abs() > 1e-6).all())
+
+    def steered(resid, hook):
+        resid[:, -1] += vector
+        return resid
+
+    def halved(out, hook):
+        return 0.5 * out
+
+    for name, hook in (
+        ("steered", ("blocks.1.hook_resid_post", steered)),
+        ("halved", (f"blocks.{model.cfg.n_layers - 1}.hook_mlp_out", halved)),
+    ):
+        with torch.no_grad():
+            expected = METRIC(model.run_with_hooks(corrupted, fwd_hooks=[hook]))
+        found = scores.per_example[:, scores.labels["run"].index(name)]
+        assert_close_to(found, expected, atol=1e-12, name=name)
+
+
+def test_noising_is_denoising_with_the_prompts_changed_over():
+    model = ours("gpt2", dtype=torch.float64)
+    clean, corrupted = pair(2)
+    noised = sweep(model, clean, corrupted, sites="z", metric=METRIC, direction="noising")
+    swapped = sweep(model, corrupted, clean, sites="z", metric=METRIC)
+    assert_close_to(noised.values, swapped.values, atol=0)
+    assert noised.reference == pytest.approx(swapped.reference)
+    assert noised.baselines["clean"] == swapped.baselines["corrupted"]
+
+
+# -- pairs of different lengths ------------------------------------------------------------------
+
+# Every pair differs somewhere else, and the last token is each prompt's own.
+RAGGED = [
+    ("the cat in a can", "the can in a cat"),
+    ("a cat on the can", "a cat in the can"),
+    ("in the cat", "on the cat"),
+]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_pairs_of_different_lengths_are_each_as_alone(direction):
+    model = HookedTransformer(tiny("gpt2", d_vocab=300, dtype=torch.float64), tokenizer=gpt2_like())
+    randomise(model)
+    clean, corrupted = (list(texts) for texts in zip(*RAGGED, strict=True))
+    answers = [" the", " a", " in"]
+    options = {"sites": "resid_pre", "direction": direction}
+    together = sweep(
+        model, clean, corrupted, metric=logit_diff(answers, " cat"), verify="all", **options
+    )
+    n_pos = together.values.shape[1]
+    assert together.labels["pos"] == [str(i - n_pos) for i in range(n_pos)]
+    lengths = set()
+    for i, (one, other) in enumerate(RAGGED):
+        alone = sweep(model, one, other, metric=logit_diff(answers[i], " cat"), **options)
+        length = alone.values.shape[1]
+        lengths.add(length)
+        assert_close_to(together.per_example[i][:, n_pos - length :], alone.values, atol=1e-12)
+        # Padding is masked: patching it changes nothing, to the bit.
+        padding = together.per_example[i][:, : n_pos - length]
+        assert bool((padding == padding.flatten()[:1]).all()) if padding.numel() else True
+    assert len(lengths) > 1, "pairs of one length test nothing"
+
+
+def test_an_attention_mask_hides_tokens():
+    model = ours("gpt2", dtype=torch.float64)
+    clean, corrupted = pair(2)
+    padded = [torch.cat([torch.full((2, 2), 9), tokens], 1) for tokens in (clean, corrupted)]
+    mask = torch.tensor([[0, 0, *[1] * N_POS]] * 2)
+    plain = sweep(model, clean, corrupted, metric=METRIC)
+    scores = sweep(model, *padded, attention_mask=mask, metric=METRIC, verify="all")
+    assert_close_to(scores.values[:, 2:], plain.values, atol=1e-12)
+    unmasked = sweep(model, *padded, metric=METRIC)
+    assert (unmasked.values[:, 2:] - plain.values).abs().max() > 1e-6
 
 
 # -- padding, hooks and modules of the user's ----------------------------------------------------
@@ -416,7 +559,9 @@ def test_the_metric_runs_without_gradients_on_an_evaluating_model():
         seen.add((torch.is_grad_enabled(), model.training, logits.requires_grad, logits.shape))
         return logits[0, -1, 0]
 
-    sweep(model, *pair(2), metric=metric)
+    plan_ = plan(model, *pair(2), metric=metric)
+    seen.clear()
+    execute(plan_)
     assert seen == {(False, False, False, (2, N_POS, 50))}
 
 
@@ -535,7 +680,7 @@ def test_a_metric_of_changing_shape_is_refused():
 
 
 def test_a_position_that_the_prompts_lack():
-    with pytest.raises(SweepError, match="reads position 5, and the prompts have 5 tokens"):
+    with pytest.raises(MetricError, match="reads position 5, and the logits have 5 positions"):
         sweep(ours("gpt2"), *pair(), metric=answer_logit(0, position=5))
 
 
@@ -550,24 +695,35 @@ def test_half_precision_is_swept_and_checked():
 # -- the certificate -----------------------------------------------------------------------------
 
 
-def count_forwards(model):
+@pytest.fixture
+def forwards(monkeypatch):
+    """Grows by one with every forward of a whole model, hooked or not, and every wave."""
     calls = []
-    hook_free = model.embed.forward
-    model.embed.forward = lambda *args, **kwargs: (calls.append(1), hook_free(*args, **kwargs))[1]
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def call(self, *args, **kwargs):
+            calls.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(HookedTransformer, "forward")
+    counted(Wave, "run")
     return calls
 
 
 @pytest.mark.parametrize(
-    ("verify", "runs"), [(1, 1), (0, 0), (False, 0), (True, 15), (4, 4), ("all", 15), (99, 15)]
+    ("verify", "runs"),
+    [(None, 1), (1, 1), (0, 0), (False, 0), (True, 15), (4, 4), ("all", 15), (99, 15)],
 )
-def test_how_many_runs_are_verified(verify, runs):
-    model = ours("gpt2")
-    calls = count_forwards(model)
-    scores = sweep(model, *pair(), metric=METRIC, verify=verify)
+def test_how_many_runs_are_verified(forwards, verify, runs):
+    scores = sweep(ours("gpt2"), *pair(), metric=METRIC, verify=verify)
     assert scores.certificate["runs"] == runs == len(scores.certificate["checked"])
     assert ("max_difference" in scores.certificate) == (runs > 0)
-    # Clean, corrupted, the residual streams, and one whole forward for each check.
-    assert len(calls) == 3 + runs
+    # To check, the other prompt's activations and one whole forward for each run.
+    assert forwards == ["run"] + ["forward"] * (1 + runs if runs else 0)
     assert len(set(scores.certificate["checked"])) == runs
 
 
@@ -597,9 +753,8 @@ def test_a_model_that_mixes_the_batch_is_found_out(tmp_path):
     saved = Scores.load(tmp_path)
     assert saved.certificate["max_difference"] > saved.certificate["tolerance"]
     assert torch.equal(saved.values, caught.value.scores.values)
-    advice = int(re.search(r"batch_size=(\d+)", str(caught.value)).group(1))
-    scores = sweep(model, *pair(2), metric=METRIC, batch_size=advice, verify="all")
-    assert scores.certificate["max_difference"] <= scores.certificate["tolerance"]
+    assert caught.value.scores.plan["strategy"] == "stacked forwards"
+    assert "blocks.1.mlp" in caught.value.scores.plan["because"]
 
 
 # -- arguments, text, files ----------------------------------------------------------------------
@@ -608,37 +763,67 @@ def test_a_model_that_mixes_the_batch_is_found_out(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"direction": "denoise"}, "Nearest: 'denoising'"),
-        ({"batch_size": 0}, "batch_size=0"),
         ({"verify": -1}, "verify=-1"),
         ({"sites": "resid_prr"}, "Nearest: 'resid_pre'"),
         ({"by": ("layer", "head")}, "cannot be swept by 'head'"),
         ({"positions": [0, 9]}, "positions 9 is out of range"),
         ({"heads": 1}, "heads= was given"),
+        ({"window": 0}, "window=0"),
+        ({"mode": "ad"}, "Nearest: 'add'"),
+        ({"source": "zeros"}, "Nearest: 'zero'"),
+        ({"source": "resample"}, "Give at least two"),
+        ({"source": torch.zeros(7)}, r"the source tensor \[7\] does not broadcast"),
+        ({"sites": "rot_q"}, "this model has no rot_q"),
+        ({"sites": ["z", "z"]}, "names a site twice"),
+        ({"sites": ["z", "resid_pre"]}, "are swept by different axes"),
+        ({"memory": 1000}, "memory=1,000 bytes is too little.* Give at least"),
+        ({"memory": "lots"}, "memory 'lots' is no amount"),
+        ({"memory": 0}, "at least one byte"),
+        ({"metric": []}, "metric= is empty"),
+        ({"metric": lambda logits: logits}, r"returned shape \[1, 5, 50\]"),
+        ({"metric": lambda logits: logits[:, -1]}, r"returned shape \[1, 50\]"),
+        ({"metric": lambda logits: "high"}, "returned str"),
+        ({"metric": [METRIC, lambda logits: None]}, "returned NoneType"),
+        ({"metric": logit_diff(7, 50)}, "answer token 50 is not in the vocabulary"),
+        ({"metric": logit_diff([7, 8], 3)}, "2 answers for 1 examples"),
+        ({"runs": []}, "runs= is empty"),
+        ({"runs": [[]]}, "run 0 has no patches"),
+        ({"runs": {"mine": Patch("z", 9)}}, "run mine: layer 9 is out of range"),
+        ({"runs": [Patch("z", 0)], "layers": 1}, "layers= goes with sites="),
+        ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \[1, 4\]"),
     ],
 )
-def test_bad_arguments_before_any_forward(arguments, message):
-    model = ours("gpt2")
-    calls = count_forwards(model)
-    if "direction" in arguments:
-        # The type checker of the test run knows the two words as well.
-        from fastlens.patching.sweep import _check_options
-
-        with pytest.raises(SweepError, match=message):
-            _check_options(arguments["direction"], None, 1)
-        return
-    with pytest.raises(SweepError, match=message):
-        sweep(model, *pair(), metric=METRIC, **arguments)
-    assert calls == []
+def test_bad_arguments_before_any_forward(forwards, arguments, message):
+    with pytest.raises(FastlensError, match=message):
+        sweep(ours("gpt2"), *pair(), **{"metric": METRIC, **arguments})
+    assert forwards == []
 
 
-def test_an_unwritable_folder_is_said_before_any_forward(tmp_path):
+def test_a_direction_that_is_none():
+    # The type checker of the test run knows the two words as well.
+    unchecked = inspect.unwrap(plan)
+    with pytest.raises(SweepError, match="Nearest: 'denoising'"):
+        unchecked(ours("gpt2"), *pair(), metric=METRIC, direction="denoise")
+
+
+def test_prompts_that_do_not_fit_before_any_forward(forwards):
+    model, (clean, corrupted) = ours("gpt2"), pair()
+    for wrong, message in [
+        (corrupted[:, :-1], "the clean prompt has 5 tokens and the corrupted one 4"),
+        (corrupted.expand(2, -1), "1 clean prompts and 2 corrupted ones"),
+        (corrupted + 50, "clean|corrupted holds token"),
+        (corrupted[:, :0], "the clean prompt has 5 tokens and the corrupted one 0"),
+    ]:
+        with pytest.raises(FastlensError, match=message):
+            sweep(model, clean, wrong, metric=METRIC)
+    assert forwards == []
+
+
+def test_an_unwritable_folder_is_said_before_any_forward(forwards, tmp_path):
     (tmp_path / "file").write_text("")
-    model = ours("gpt2")
-    calls = count_forwards(model)
-    with pytest.raises(SourceError, match="cannot write into the folder"):
-        sweep(model, *pair(), metric=METRIC, out=tmp_path / "file" / "results")
-    assert calls == []
+    with pytest.raises(SourceError, match="cannot list the folder"):
+        sweep(ours("gpt2"), *pair(), metric=METRIC, out=tmp_path / "file" / "results")
+    assert forwards == []
 
 
 def test_text_end_to_end(tmp_path):
@@ -680,7 +865,7 @@ def test_long_work_shows_one(capsys, monkeypatch, progress):
         return tqdm.tqdm(*args, delay=0, **kwargs)
 
     # The package has a function of the module's name.
-    monkeypatch.setattr(sys.modules["fastlens.patching.sweep"], "tqdm", impatient)
+    monkeypatch.setattr(sys.modules["fastlens.patching.execute"], "tqdm", impatient)
     sweep(ours("gpt2"), *pair(), metric=METRIC, progress=progress)
     shown = capsys.readouterr().err
-    assert ("resid_pre denoising" in shown and "15/15" in shown) == progress
+    assert ("resid_pre denoising" in shown and "12/12" in shown) == progress
