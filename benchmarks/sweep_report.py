@@ -14,6 +14,7 @@ FUNCTION, PLANNING = "fastlens get_act_patch", "fastlens planning"
 ALONE, BY_HAND = "fastlens, one forward per site", "fastlens, stacked by hand"
 HF, HF_FORWARD = "hf stacked by hand", "hf one forward"
 TL3, TL4 = "transformer_lens 3.9", "transformer_lens 4"
+NNSIGHT = "nnsight, stacked"
 # DESIGN section 9, of the machine that the issue's targets were set on.
 REFERENCE_FORWARD, REFERENCE_RATE = 0.060, 204e9
 EXPLAIN_BEYOND = 1.15
@@ -49,6 +50,8 @@ def machine_factors(row: dict) -> tuple[float, float]:
 
 def slower_baselines(row: dict) -> list[str]:
     """A sentence for every baseline that took much longer than DESIGN section 9 says."""
+    if not row["reference"]:
+        return []
     forward, multiply = machine_factors(row)
     found = []
     for name, reference in row["reference"].items():
@@ -96,6 +99,7 @@ COUNTED = (
     (HF, "Hugging Face"),
     (TL3, "TransformerLens 3.9"),
     (TL4, "TransformerLens 4.3"),
+    (NNSIGHT, "nnsight"),
 )
 
 
@@ -113,6 +117,7 @@ def table(record: dict | None) -> str:
         ("TransformerLens 3.9", lambda row: _times(row, TL3)),
         ("TransformerLens 4.3", lambda row: _times(row, TL4)),
         ("Hugging Face, hooks, stacked", lambda row: _times(row, HF)),
+        ("nnsight, stacked", lambda row: _times(row, NNSIGHT)),
         ("TransformerLens 3.9 / `get_act_patch_*`", lambda row: _times(row, TL3, FUNCTION)),
         ("fastlens / ideal", lambda row: f"{seconds_of(row, OURS) / ideal(row):.2f}"),
     ]
@@ -123,29 +128,39 @@ def table(record: dict | None) -> str:
         for name, said in COUNTED
     }
     runs = ", ".join(f"{said} {_range(found)}" for said, found in counts.items() if found)
-    factors = [machine_factors(row) for row in record["rows"]]
-    forward, multiply = (sorted(f)[len(f) // 2] for f in zip(*factors, strict=True))
+    real = any(HF_FORWARD not in row["seconds"] for row in record["rows"])
+    factors = [machine_factors(row) for row in record["rows"] if HF_FORWARD in row["seconds"]]
     others = " and ".join(record["peers"].values()) or "no other library"
     lines = [
         f"| {' | '.join(title for title, _ in columns)} |",
         f"|{'---|' * len(columns)}",
         *(f"| {' | '.join(cell(row) for _, cell in columns)} |" for row in record["rows"]),
         "",
-        "GPT-2-small shape, random weights, the same in all; float32, batch 1. Columns in x are "
+        "GPT-2-small shape with random weights, the same in all; "
+        + ("SmolLM2-135M has its own, and a pair of sentences; " if real else "")
+        + "float32, batch 1. Columns in x are "
         "multiples of the time of `patching.sweep(..., verify=False)`, ratios of medians of "
         "alternating runs; values were compared first. TransformerLens runs its own "
         "`get_act_patch_*`, one forward per site; Hugging Face runs 16 sites (12 for `z`) stacked "
-        "in the batch by hand, SDPA, last logits only. A generic pair differs from its second "
+        "in the batch by hand, SDPA, last logits only; nnsight as many invokes of one trace. A generic pair differs from its second "
         "token on, a minimal pair from its eleventh on. "
         + ("Of the largest sweep the others ran a random tenth. " if drawn else "")
         + f"Runs of each sweep: {runs}. "
         + "Ideal: the plan's FLOPs at the fp32 matrix rate measured in the same run. "
         f"{about['threads']} threads, {about['name']}, torch {about['torch']}, transformers "
-        f"{about['transformers']}, {others}. Against the machine that the targets were set on, a "
-        f"Hugging Face forward of 16 tokens took {forward:.2f} x and matrix products "
-        f"{multiply:.2f} x as long.",
+        f"{about['transformers']}, {others}." + _against_reference(factors),
     ]
     return "\n".join(lines)
+
+
+def _against_reference(factors: Sequence[tuple[float, float]]) -> str:
+    if not factors:
+        return ""
+    forward, multiply = (sorted(f)[len(f) // 2] for f in zip(*factors, strict=True))
+    return (
+        " Against the machine that the targets were set on, a Hugging Face forward of 16 tokens "
+        f"took {forward:.2f} x and matrix products {multiply:.2f} x as long."
+    )
 
 
 def _range(counts: Sequence[int]) -> str:
@@ -177,16 +192,14 @@ def merged(old: dict | None, new: dict, order: Sequence[str]) -> dict:
 
     Raises: SystemExit if the old rows are of another machine or other versions.
     """
+    peers = {} if old is None else old["peers"]
+    same = peers | new["peers"] == new["peers"] | peers
     names = {row["name"] for row in new["rows"]}
     kept = [] if old is None else [row for row in old["rows"] if row["name"] not in names]
-    if (
-        kept
-        and old is not None
-        and (old["machine"], old["peers"]) != (new["machine"], new["peers"])
-    ):
+    if kept and old is not None and not (same and old["machine"] == new["machine"]):
         raise SystemExit("the results file is of another machine or versions: measure every sweep")
     rows = sorted(kept + new["rows"], key=lambda row: order.index(row["name"]))
-    return {**new, "rows": rows}
+    return {**new, "peers": {**(peers if kept else {}), **new["peers"]}, "rows": rows}
 
 
 def with_table(text: str, record: dict | None) -> str:

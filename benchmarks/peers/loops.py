@@ -5,14 +5,13 @@ Imports torch only, since TransformerLens 4 runs it in an environment without fa
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Tokens whose logits at the last position are compared.
-ANSWER, WRONG = 11, 22
+Metric = Callable[[Tensor], Tensor]
 # Axes of a sweep -> TransformerLens' function for it.
 FUNCTIONS = {
     ("resid_pre", ("layer", "pos")): "get_act_patch_resid_pre",
@@ -21,9 +20,9 @@ FUNCTIONS = {
 }
 
 
-def metric(logits: Tensor) -> Tensor:
-    """The difference of two logits at the last position."""
-    return logits[0, -1, ANSWER] - logits[0, -1, WRONG]
+def difference_of(answer: int, wrong: int) -> Metric:
+    """The difference of two tokens' logits at the last position of a batch of one."""
+    return lambda logits: logits[0, -1, answer] - logits[0, -1, wrong]
 
 
 def patched(
@@ -32,6 +31,8 @@ def patched(
     model: Any,
     corrupted: Tensor,
     clean_cache: Any,
+    metric: Metric,
+    *,
     indices: Sequence[tuple[int, ...]] | None = None,
 ) -> Tensor:
     """The metric of every site, or of some, in the order of the function's axes.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.loops import metric
+from benchmarks.peers.loops import Metric
 
 Index = tuple[int, ...]
 
@@ -69,26 +69,37 @@ def size_of(stack: Stack) -> int:
     return sum(len(patches.rows) for patches in stack.values())
 
 
+def reader(model: Any, site: str, layer: int) -> Any:
+    """The module of a GPT-2 or Llama that takes the site as its input."""
+    body = model.base_model
+    is_gpt2 = hasattr(body, "h")
+    block = body.h[layer] if is_gpt2 else body.layers[layer]
+    if site == "resid_pre":
+        return block
+    return block.attn.c_proj if is_gpt2 else block.self_attn.o_proj
+
+
 @torch.no_grad()
 def hugging_face(
-    model: Any, site: str, clean: Tensor, corrupted: Tensor, stacks: Sequence[Stack]
+    model: Any,
+    site: str,
+    clean: Tensor,
+    corrupted: Tensor,
+    metric: Metric,
+    stacks: Sequence[Stack],
 ) -> Tensor:
-    """The metric of every site of a GPT-2, one forward per stack.
+    """The metric of every site of a GPT-2 or Llama, one forward per stack.
 
     Cost: one forward of the clean prompt as well.
     """
-    config = model.config
-    heads = (config.n_head, config.n_embd // config.n_head)
+    heads = (model.config.num_attention_heads, -1)
 
     def hooked(layer: int, act: Callable[[Tensor], None]) -> Any:
-        block = model.transformer.h[layer]
-        module = block if site == "resid_pre" else block.attn.c_proj
-
         def hook(module: Any, inputs: tuple) -> None:
             value = inputs[0]
             act(value if site == "resid_pre" else value.view(*value.shape[:2], *heads))
 
-        return module.register_forward_pre_hook(hook)
+        return reader(model, site, layer).register_forward_pre_hook(hook)
 
     kept: dict[int, Tensor] = {}
 
@@ -98,7 +109,7 @@ def hugging_face(
     layers = sorted({layer for stack in stacks for layer in stack})
     handles = [hooked(layer, keep(layer)) for layer in layers]
     # The clean prompt's logits are not needed.
-    model.transformer(clean)
+    model.base_model(clean)
     for handle in handles:
         handle.remove()
 
@@ -117,7 +128,12 @@ def hugging_face(
 
 @torch.no_grad()
 def fastlens_hooks(
-    model: Any, site: str, clean: Tensor, corrupted: Tensor, stacks: Sequence[Stack]
+    model: Any,
+    site: str,
+    clean: Tensor,
+    corrupted: Tensor,
+    metric: Metric,
+    stacks: Sequence[Stack],
 ) -> Tensor:
     """The same with `run_with_hooks`; stacks of one are one forward per site."""
     place = "hook_resid_pre" if site == "resid_pre" else "attn.hook_z"

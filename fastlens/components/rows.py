@@ -204,17 +204,19 @@ def foreign_part(root: nn.Module) -> str | None:
             continue
         is_parametrized = parametrize.is_parametrized(module)
         kind = kind.__mro__[1] if is_parametrized else kind
-        if kind not in _PLAIN:
+        # An identity stands for a norm; as an MLP or attention it is a user's.
+        is_other = kind is nn.Identity and not name.rsplit(".", 1)[-1].startswith("ln")
+        if kind not in _PLAIN or is_other:
             return f"{name} is a {kind.__name__}"
         replaced = _methods(kind) & module.__dict__.keys()
         if replaced:
             return f"{name}.{min(replaced)} was replaced"
-        if not is_parametrized:
-            waiting += _children(f"{name}.", module)
+        waiting += _children(f"{name}.", module)
     return None
 
 
 def _children(start: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
-        if child is not None:
+        # What parametrizations compute is read as the module's leaves.
+        if child is not None and name != "parametrizations":
             yield start + name, child

@@ -1,6 +1,6 @@
 """From a model and two prompts to what planner and wave need: masks, positions, differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ def frame_of(
     has_source: bool,
     keeps_later: bool,
     nulls: Mapping[int, NullTest] | None = None,
+    caches: Collection[int] = (),
 ) -> Frame:
     """The planner's view.
 
@@ -63,6 +64,7 @@ def frame_of(
         n_pos: Tokens of the prompts.
         keeps_later: Whether positions behind the last needed one may matter after all: a given
             pattern can look ahead.
+        nulls, caches: As in `Frame`.
     """
     cfg: Any = model.cfg
     is_causal = cfg.attention_dir == "causal"
@@ -91,5 +93,6 @@ def frame_of(
         is_gated=cfg.gated_mlp,
         has_source=has_source,
         nulls=nulls or {},
+        caches=frozenset(caches),
         itemsize=cfg.dtype.itemsize,
     )

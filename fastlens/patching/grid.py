@@ -100,8 +100,6 @@ def grid_of(
             axis: restricted.get(axis, list(range(sizes[axis]))) for axis in ("layer", *site.axes)
         }
         start = () if isinstance(sites, str) else (number,)
-        if window > 1:
-            find_site(site.name, cfg, model.hook_dict, range(cfg.n_layers))
         new = runs_of(
             *(site, site_axes, indices, restricted),
             cell_start=start,
@@ -110,7 +108,9 @@ def grid_of(
             value=sources.number_of(source),
             mode=mode,
         )
-        for layer in range(cfg.n_layers) if window > 1 else indices["layer"]:
+        patched = sorted({patch.layer for run in new for patch in run.patches})
+        find_site(site.name, cfg, model.hook_dict, patched)
+        for layer in patched:
             one = new[0].patches[0]._replace(layer=layer)
             check_source(sources.list[one.value], one, sizes, model, sources)
         check_run(new[0], model)

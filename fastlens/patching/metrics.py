@@ -154,8 +154,11 @@ class Metric:
         answers = []
         for answer in self.answers:
             assert isinstance(answer, Tensor)
-            ids = answer.to(rows.device).expand(int(example.max()) + 1)[example]
-            answers.append(ids if columns is None else torch.searchsorted(columns, ids))
+            ids = answer.to(rows.device)
+            ids = ids.expand(len(example)) if ids.numel() == 1 else ids[example]
+            answers.append(
+                ids if columns is None else torch.searchsorted(columns, ids.contiguous())
+            )
         if self.clean_log_probs is not None:
             return self.formula(rows, self.clean_log_probs.to(rows)[example], *answers)
         return self.formula(rows, *answers)

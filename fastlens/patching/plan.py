@@ -7,7 +7,7 @@ says which runs need no work at all, in which order and chunks the others join, 
 each product will see.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -41,6 +41,7 @@ class Frame:
         columns: Vocabulary columns that are read.
         has_source: Whether the other prompt is run as well.
         nulls: Source number -> test for values that are equal to the base run's.
+        caches: Numbers of the sources whose values are looked up by hook name.
         itemsize: Bytes of one number.
     """
 
@@ -60,6 +61,7 @@ class Frame:
     is_gated: bool = False
     has_source: bool = True
     nulls: Mapping[int, NullTest] = field(default_factory=dict)
+    caches: frozenset[int] = frozenset()
     itemsize: int = 4
 
     @property
@@ -128,20 +130,28 @@ class Profile(NamedTuple):
     start: int
 
 
-def canonical(run: Run, n_layers: int) -> tuple[PlannedPatch, ...]:
+def canonical(
+    run: Run, n_layers: int, caches: Collection[int] = ()
+) -> tuple[PlannedPatch, ...]:
     """The patches in the order of the forward; ``resid_post`` below the last layer is the next
-    layer's ``resid_pre``."""
+    layer's ``resid_pre``, but for the sources ``caches``, whose values go by the hook's name."""
     patches = run.patches
     if len(patches) > 1:
         patches = tuple(sorted(patches, key=lambda patch: (patch.layer, STAGE[patch.site])))
-    if any(patch.site == "resid_post" and patch.layer < n_layers - 1 for patch in patches):
+    if any(_is_alias(patch, n_layers, caches) for patch in patches):
         patches = tuple(
             patch._replace(site="resid_pre", layer=patch.layer + 1)
-            if patch.site == "resid_post" and patch.layer < n_layers - 1
+            if _is_alias(patch, n_layers, caches)
             else patch
             for patch in patches
         )
     return patches
+
+
+def _is_alias(patch: PlannedPatch, n_layers: int, caches: Collection[int]) -> bool:
+    return (
+        patch.site == "resid_post" and patch.layer < n_layers - 1 and patch.value not in caches
+    )
 
 
 def live_masks(
@@ -184,9 +194,11 @@ def _null_mask(frame: Frame, patch: PlannedPatch, example: int) -> int:
     return null
 
 
-def profile_of(frame: Frame, steps: Sequence[tuple[int, int, str, int]]) -> Profile | None:
+def profile_of(
+    frame: Frame, steps: Sequence[tuple[int, int, str, int]], *, even_unread: bool = False
+) -> Profile | None:
     """What a branch costs whose live patches are ``(layer, stage, reach, positions as bits)`` in
-    the order of the forward; None if nothing that is read changes."""
+    the order of the forward; None, unless ``even_unread``, if nothing that is read changes."""
     n_layers, last = frame.n_layers, frame.n_layers - 1
     counts = np.zeros((n_layers, len(COUNTED)), dtype=np.int64)
     rows = peak = 0
@@ -228,7 +240,7 @@ def profile_of(frame: Frame, steps: Sequence[tuple[int, int, str, int]]) -> Prof
             n = rows.bit_count()
             counts[layer:until] = (n, n, n, 0 if frame.is_attn_only else n, frame.scores_of(rows))
             layer = until
-    if not rows & frame.needed_mask:
+    if not rows & frame.needed_mask and not even_unread:
         return None
     return Profile(counts, peak, steps[0][:2], start)
 
@@ -346,7 +358,7 @@ class Plan:
         for start in starts:
             if start < f.n_pos:
                 rows = ((1 << f.n_pos) - 1) & ~((1 << start) - 1)
-                profile = profile_of(f, [(0, 0, "stream", rows)])
+                profile = profile_of(f, [(0, 0, "stream", rows)], even_unread=True)
                 if profile is not None:
                     total += profile.counts
         return total
@@ -385,7 +397,7 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
     examples = _kinds_of_example(frame)
     found: list[tuple[tuple[int, int], int, int, int]] = []
     for number, run in enumerate(runs):
-        patches = canonical(run, frame.n_layers)
+        patches = canonical(run, frame.n_layers, frame.caches)
         plan.patches.append(patches)
         first = known.setdefault(patches, number)
         plan.same_as.append(first)

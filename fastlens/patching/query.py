@@ -88,6 +88,7 @@ class SweepPlan:
             has_source=frame.has_source,
             keeps_later=True,
             nulls=frame.nulls,
+            caches=frame.caches,
         )
         runs = [self.runs[number] for number in numbers]
         plan = plan_runs(full, runs, self.memory)
@@ -303,6 +304,7 @@ def framed(
         has_source=has_other,
         keeps_later=looks_ahead,
         nulls=nulls,
+        caches=[number for number, source in enumerate(sources) if source.kind == "cache"],
     )
     allowed = int(free_bytes(device) * FREE_SHARE) if memory is None else bytes_of(memory)
     if strategy.is_wave:

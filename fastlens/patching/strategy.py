@@ -45,12 +45,28 @@ def strategy_of(model: PatchableModel, *, needs_gradients: bool = False) -> Stra
     hooked = modules_with_hooks(model)
     if hooked:
         return Strategy(ALONE, f"hooks are on {len(hooked)} modules, first {hooked[0]}")
+    odd = _odd_tree(model)
+    if odd is not None:
+        return Strategy(ALONE, odd)
     foreign = _foreign(model)
     if foreign is not None:
         return Strategy(STACKED, f"{foreign}, and what it computes is not known")
     if model.cfg.attention_dir != "causal":
         return Strategy(LAYER_SKIP, "attention is bidirectional: a patch reaches every position")
     return Strategy(WAVE)
+
+
+def _odd_tree(model: PatchableModel) -> str | None:
+    """What makes a hook's name and its place in the forward two things."""
+    seen: dict[int, str] = {}
+    for name, module in walk(model):  # type: ignore[arg-type]
+        first = seen.setdefault(id(module), name)
+        if first != name:
+            return f"{first} and {name} are one module"
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.ModuleList) and len(blocks) != model.cfg.n_layers:
+        return f"the model has {len(blocks)} blocks, and its configuration {model.cfg.n_layers}"
+    return None
 
 
 def _foreign(model: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ patch is in the layer join there. See `fastlens.patching.pack` for how rows are 
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -64,8 +65,8 @@ class Wave:
         stem: Base runs and other prompts at the embedding.
         sources: What `PlannedPatch.value` counts.
         n_all_pos: Positions of the prompts; ``frame.n_pos`` may be fewer.
-        streams: Layer -> the stems' own rows as they enter it, kept by an earlier wave.
-        keep_streams: Whether to fill ``streams``.
+        streams: Layer -> the stems' own rows as they enter it.
+        keep_streams: Whether to fill ``streams``, for chunks whose runs join at later layers.
         pack: Which packed row is whose, as of now.
         n_stems: Branches of base runs and other prompts, which come first.
         stem_of: The stem whose masks and positions are a branch's.
@@ -90,19 +91,32 @@ class Wave:
         Args:
             use: Who patches what.
             first_layer: Where the first run joins; earlier layers are left out if their streams
-                were kept.
+                are kept.
         """
         frame, model = self.frame, self.model
+        if self.keep_streams and not self.streams:
+            self._fill_streams()
         layer = first_layer if first_layer in self.streams else 0
         x = self._start(use, layer)
         counts = torch.zeros(frame.n_layers, len(COUNTED), dtype=torch.long)
         for block in model.blocks[layer:]:
-            if self.keep_streams:
-                stems = self.pack.table[: self.n_stems][self.pack.own[: self.n_stems]]
-                self.streams[layer] = x[stems]
             x = WaveLayer(self, use, layer, block, counts[layer]).run(x)
             layer += 1
         return Final(x, self.pack.table, self.n_stems, counts)
+
+    def _fill_streams(self) -> None:
+        """The stems alone, layer by layer.
+
+        Not taken from a chunk on the way: the rows beside them would show in their last bits, and
+        so would which chunks a resumed sweep has found finished.
+        """
+        nobody = ChunkUse(np.zeros((0, self.frame.batch), np.int64), np.zeros(0, np.int64))
+        x = self._start(nobody, 0)
+        counts = torch.zeros(len(COUNTED), dtype=torch.long)
+        for layer, block in enumerate(self.model.blocks[:-1], 1):
+            x = WaveLayer(self, nobody, layer - 1, block, counts).run(x)
+            stems = self.pack.table[: self.n_stems][self.pack.own[: self.n_stems]]
+            self.streams[layer] = x[stems]
 
     def _start(self, use: ChunkUse, layer: int) -> Tensor:
         """The pack of base runs and other prompts, and their stream where ``layer`` begins."""

@@ -339,15 +339,23 @@ class WaveLayer:
         group = n_heads // self.frame.n_kv_heads
         key_mask = wave.stem.key_mask
 
+        # Every entry gathers all keys of its head: so many at a time.
+        size = max(1, GATHER_BYTES // (table.shape[1] * k.shape[2] * k.element_size()))
+
         def scores(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
+            parts = zip(*(t.split(size) for t in (branch, pos, head)), strict=True)
+            return torch.cat([some_scores(*part) for part in parts])
+
+        def some_scores(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
             mask = None if key_mask is None else key_mask[wave.stem_of[branch], : table.shape[1]]
             keys = _gathered(k, table[branch], head // group)
             return score_rows(q[table[branch, pos], head], keys, rule, pos, head, n_heads, mask)
 
-        def mix(branch: Tensor, pos: Tensor, head: Tensor, pattern: Tensor) -> None:
-            values = _gathered(v, table[branch], head // group)
-            z = torch.einsum("es,esd->ed", pattern.to(values.dtype), values)
-            self.rows["z"][self.pack.table[branch, pos], head] = z
+        def mix(*entries: Tensor) -> None:
+            for branch, pos, head, pattern in zip(*(t.split(size) for t in entries), strict=True):
+                values = _gathered(v, table[branch], head // group)
+                z = torch.einsum("es,esd->ed", pattern.to(values.dtype), values)
+                self.rows["z"][self.pack.table[branch, pos], head] = z
 
         patched = self._patch_by_entry("attn_scores", scores)
         by_scores: dict[tuple[int, ...], Tensor] = {}

@@ -169,14 +169,14 @@ def wave_logits(query: SweepPlan) -> Tensor:
     counts = torch.zeros(frame.n_layers, len(COUNTED), dtype=torch.long)
     with torch.no_grad():
         base = model(query.base, **_masked(query))[:, list(frame.needed)]
-        for number, chunk in enumerate(made.chunks):
+        for chunk in made.chunks:
             use = uses_of(made, chunk)
             final = wave.run(use, chunk.first_layer)
             x = final.x
             if model.cfg.normalization_type is not None:
                 x = normalized(model.ln_final, x)
             logits = logits_of(model.unembed, x, None)
-            first = chunk.first_layer if number else 0
+            first = chunk.first_layer if wave.keep_streams else 0
             counts += final.counts
             counts[first:] -= torch.from_numpy(made.base_counts())[first:]
             for i, run in enumerate(chunk.runs):

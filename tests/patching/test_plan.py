@@ -758,7 +758,7 @@ def drawn_patch(site, layer, pos, keys, value, mode):
     return PlannedPatch(site, layer, pos, None, keys, value, mode)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_rows_are_those_of_a_simulation(data):
     fields = data.draw(frame_fields())
@@ -833,6 +833,7 @@ print(json.dumps([found, peak - before]))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_a_hundred_thousand_runs_cost_two_seconds_and_200_mb():
     """Runs, plan and chunks; processor time, which a busy machine hardly stretches.
 

@@ -52,7 +52,6 @@ def test_different_token_counts_without_a_tokenizer():
 @pytest.mark.parametrize(
     ("clean", "corrupted", "message"),
     [
-        (["a", "a cat"], ["a", "a the"], "pairs have 2, 3 tokens"),
         (["a", "a"], ["a"], "2 clean prompts and 1 corrupted"),
         ([], [], "empty"),
         (3, "a", "got int"),
@@ -78,6 +77,62 @@ def test_text_that_cannot_be_swept(clean, corrupted, message):
 def test_tokens_that_cannot_be_swept(tokens, error, message):
     with pytest.raises(error, match=message):
         prompts_of(ours("gpt2"), tokens, tokens)
+
+
+# -- pairs of different lengths ------------------------------------------------------------------
+
+
+def test_pairs_of_different_lengths_are_padded_on_the_left():
+    model = text_model()
+    pair = prompts_of(model, ["a", "the cat"], ["a", "the the"])
+    assert pair.is_padded and (pair.batch, pair.n_pos) == (2, 3)
+    pad = model.tokenizer.pad_token_id
+    for tokens, texts in [(pair.clean, ["a", "the cat"]), (pair.corrupted, ["a", "the the"])]:
+        rows = [model.to_tokens(text)[0].tolist() for text in texts]
+        assert tokens[0].tolist() == [pad, *rows[0]]
+        assert tokens[1].tolist() == rows[1]
+    assert pair.mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    # Position -1 is everybody's last token, so positions are counted from there.
+    assert position_labels(model, pair) == ["-3", "-2", "-1"]
+
+
+def test_pairs_of_one_length_are_not_padded():
+    pair = prompts_of(text_model(), ["a", "the"], ["the", "a"])
+    assert not pair.is_padded and pair.mask is None
+
+
+def test_an_attention_mask_goes_with_tokens_of_its_shape():
+    model, tokens = ours("gpt2"), prompts(2, 4)
+    mask = [[0, 1, 1, 1], [1, 1, 1, 1]]
+    pair = prompts_of(model, tokens, tokens, mask)
+    assert pair.mask.tolist() == mask and pair.mask.dtype == torch.long
+    assert not pair.is_padded
+    assert prompts_of(model, tokens, tokens, torch.tensor(mask).bool()).mask.tolist() == mask
+    with pytest.raises(SweepError, match=r"attention_mask has shape \[2, 3\], the prompts \[2, 4\]"):
+        prompts_of(model, tokens, tokens, torch.ones(2, 3))
+    with pytest.raises(SweepError, match="not with ragged prompts"):
+        prompts_of(text_model(), ["a", "the cat"], ["a", "the the"], torch.ones(2, 3))
+
+
+class OtherPad:
+    """A tokenizer with another pad token."""
+
+    def __init__(self, tokenizer, pad_token_id):
+        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+
+    def __call__(self, *args, **kwargs):
+        return self.tokenizer(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize(("token", "used"), [(7, 7), (None, 0), (-1, 0), (300, 0)])
+def test_padding_is_masked_so_any_token_of_the_vocabulary_will_do(monkeypatch, token, used):
+    model = text_model()
+    monkeypatch.setattr(model, "tokenizer", OtherPad(model.tokenizer, token))
+    pair = prompts_of(model, ["a", "the cat"], ["a", "the the"])
+    assert (int(pair.clean[0, 0]), int(pair.mask[0, 0])) == (used, 0)
 
 
 def test_text_without_a_tokenizer():

@@ -7,7 +7,9 @@ import pytest
 from fastlens.errors import SweepError
 from fastlens.patching.sites import (
     ALIASES,
+    BY_ENTRY,
     SITES,
+    STAGES,
     available_sites,
     find_site,
     n_heads,
@@ -138,3 +140,57 @@ def test_head_counts_under_grouping():
     cfg.ungroup_grouped_query_attention = True
     assert n_heads(SITES["k"], cfg) == 4
     assert n_heads(SITES["k"], ours("gpt2").cfg) == 4
+
+
+# -- stages --------------------------------------------------------------------------------------
+
+
+def test_every_site_has_one_stage():
+    listed = [name for stage in STAGES for name in stage]
+    assert sorted(listed) == sorted(SITES)
+    for number, names in enumerate(STAGES):
+        assert {SITES[name].stage for name in names} == {number}
+    assert set(SITES) >= BY_ENTRY
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "solu_ln", "attn_only", "post_norm"])
+def test_stages_are_the_order_of_the_forward(name):
+    model = ours(name)
+    for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"):
+        setattr(model.cfg, flag, True)
+    seen = []
+    sites = {find(model, one).hook_name(1): one for one in sites_of(model)}
+    hooks = [(hook, lambda x, hook: seen.append(hook.name)) for hook in sites if "attn_in" not in hook]
+    model.run_with_hooks(prompts(1, 4), fwd_hooks=hooks)
+    stages = [SITES[sites[hook]].stage for hook in seen]
+    # Parallel blocks write both parts at the end; which comes first makes no difference.
+    assert stages == sorted(stages)
+    assert len(seen) == len(hooks)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "alibi", "bidirectional"])
+def test_reach_is_what_a_patch_changes_in_its_layer(name):
+    """Rows of the layer's output that change if one row of a site does."""
+    model = ours(name).double()
+    model.cfg.use_attn_result = model.cfg.use_hook_mlp_in = True
+    layer, at = 0, 2
+    _, plain = model.run_with_cache(prompts(1, 5))
+    out = f"blocks.{layer}.hook_resid_post"
+    for site_name in sorted(sites_of(model)):
+        site = find(model, site_name)
+
+        def change(x, hook, site=site):
+            x = x.clone()
+            where = x[:, :, at] if "query_pos" in site.axes else x[:, at]
+            where *= 0.5
+            return x
+
+        split = site_name in ("q_input", "k_input", "v_input")
+        model.cfg.use_split_qkv_input, model.cfg.use_attn_in = split, site_name == "attn_in"
+        with model.hooks(fwd_hooks=[(site.hook_name(layer), change)]):
+            _, cache = model.run_with_cache(prompts(1, 5), names_filter=[out])
+        change_of = (cache[out] - plain[out]).abs().amax(-1)[0]
+        changed = (change_of > 1e-10).nonzero()[:, 0].tolist()
+        behind = list(range(5) if name == "bidirectional" else range(at, 5))
+        wide = site.reach in ("stream", "key", "both")
+        assert changed == (behind if wide else [at]), site_name

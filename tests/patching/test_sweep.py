@@ -393,7 +393,7 @@ def test_pairs_of_different_lengths_are_each_as_alone(direction):
     model = HookedTransformer(tiny("gpt2", d_vocab=300, dtype=torch.float64), tokenizer=gpt2_like())
     randomise(model)
     clean, corrupted = (list(texts) for texts in zip(*RAGGED, strict=True))
-    answers = [" the", " a", " in"]
+    answers = [" the", " a", " c"]
     options = {"sites": "resid_pre", "direction": direction}
     together = sweep(
         model, clean, corrupted, metric=logit_diff(answers, " cat"), verify="all", **options

@@ -1,4 +1,4 @@
-"""Asks TransformerLens 4, in its own environment and process, to run sweeps in turn."""
+"""Asks libraries in their own environments and processes to run sweeps in turn."""
 
 import contextlib
 import json
@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WORKER = Path(__file__).with_name("transformer_lens_4_worker.py")
+TRANSFORMER_LENS_4 = Path(__file__).with_name("transformer_lens_4_worker.py")
+NNSIGHT = Path(__file__).with_name("nnsight_worker.py")
 
 
 class Peer:
-    """The worker process, which waits while others run.
+    """A worker process, which waits while others run.
 
     Attributes:
-        about: Versions of what it runs on.
+        about: What it runs: ``package``, ``torch``.
     """
 
-    def __init__(self, process: subprocess.Popen, log: Path):
+    def __init__(self, worker: Path, process: subprocess.Popen, log: Path):
+        self._worker = worker
         self._process = process
         self._log = log
         self.about: dict[str, str] = self._answer()
@@ -46,17 +48,21 @@ class Peer:
 
     def _fail(self) -> None:
         said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise SystemExit("TransformerLens 4's process ended: " + " / ".join(said[-5:]))
+        raise SystemExit(f"{self._worker.name} ended: " + " / ".join(said[-5:]))
 
 
 @contextlib.contextmanager
-def started(python: str | Path, hf: Any, jobs: Mapping[str, Any], threads: int) -> Iterator[Peer]:
-    """The worker with a model's weights, handed over in a folder that is gone afterwards.
+def started(
+    worker: Path, python: str | Path, hf: Any, jobs: Mapping[str, Any], threads: int
+) -> Iterator[Peer]:
+    """A worker with a model's weights, handed over in a folder that is gone afterwards.
 
     Args:
-        python: The interpreter of an environment with TransformerLens 4.
+        worker: Its script.
+        python: The interpreter of an environment with its library.
         hf: A GPT-2 of transformers.
-        jobs: Name -> ``function`` (see `loops.FUNCTIONS`), ``clean``, ``corrupted``, ``indices``.
+        jobs: Name -> ``site``, ``by``, ``stack``, ``function`` (see `loops.FUNCTIONS`), ``clean``,
+            ``corrupted``, ``answers``, ``indices`` and whether these are only ``drawn`` from all.
 
     Raises: SystemExit if it cannot be started, or ends early, with the last it said.
     """
@@ -69,7 +75,7 @@ def started(python: str | Path, hf: Any, jobs: Mapping[str, Any], threads: int) 
         with log.open("w", encoding="utf-8") as errors:
             try:
                 process = subprocess.Popen(
-                    [str(python), str(WORKER), str(folder)],
+                    [str(python), str(worker), str(folder)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -77,9 +83,9 @@ def started(python: str | Path, hf: Any, jobs: Mapping[str, Any], threads: int) 
                     env={**os.environ, **threaded, "HF_HUB_OFFLINE": "1"},
                 )
             except OSError as error:
-                raise SystemExit(f"--tl4-python {python} cannot be run: {error}") from error
+                raise SystemExit(f"{python} cannot be run: {error}") from error
             with process:
                 try:
-                    yield Peer(process, log)
+                    yield Peer(worker, process, log)
                 finally:
                     process.kill()
