@@ -29,7 +29,7 @@ demo: $(VENV)/run.stamp  ## install what is needed, then sweep a real model: a t
 test: $(VENV)/dev.stamp  ## install everything, then run every test that needs neither GPU nor network
 	$(PYTEST) -n auto --maxprocesses 2 --dist worksteal --durations 15 $(ARGS)
 
-test-all: $(VENV)/dev.stamp  ## the GPU and model-hub tests as well
+test-all: $(VENV)/dev.stamp  ## the GPU and model-hub tests and every full cross as well
 	HF_HUB_OFFLINE=0 $(PYTEST) -m "" $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## only the tests that need a CUDA device

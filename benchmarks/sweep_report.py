@@ -142,8 +142,8 @@ def table(record: dict | None) -> str:
         "multiples of the time of `patching.sweep(..., verify=False)`, ratios of medians of "
         "alternating runs; values were compared first. TransformerLens runs its own "
         "`get_act_patch_*`, one forward per site; Hugging Face runs 16 sites (12 for `z`) stacked "
-        "in the batch by hand, SDPA, last logits only; nnsight as many invokes of one trace. A generic pair differs from its second "
-        "token on, a minimal pair from its eleventh on. "
+        "in the batch by hand, SDPA, last logits only; nnsight as many invokes of one trace. A "
+        "generic pair differs from its second token on, a minimal pair from its eleventh on. "
         + ("Of the largest sweep the others ran a random tenth. " if drawn else "")
         + f"Runs of each sweep: {runs}. "
         + "Ideal: the plan's FLOPs at the fp32 matrix rate measured in the same run. "

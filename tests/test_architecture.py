@@ -25,6 +25,7 @@ MAX_CODE_LINES = 450
 TESTED_ELSEWHERE: dict[str, str] = {
     "fastlens/__init__.py": "tests/test_architecture.py",  # public names and import cost
     "fastlens/__main__.py": "tests/cli/test_cli.py",  # run as a process
+    "fastlens/patching/wave_layer.py": "tests/patching/test_wave.py",  # one layer of a wave
     "fastlens/kernels/kernel.py": "tests/kernels/test_kernels.py",  # a record, used by every test
 }
 # Kernels are tested from their registry, so that a new one is tested as soon as its file exists.

@@ -62,10 +62,13 @@ def test_commands_run(words, tmp_path, monkeypatch, capsys):
     assert main(words[1:]) == 0, capsys.readouterr().err
     if "--out" in words:
         out = tmp_path / words[words.index("--out") + 1]
-        assert {path.name for path in out.iterdir()} == {
+        # Hidden ones aside: a lock against a second process.
+        assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
             "scores.json",
             "scores.safetensors",
             "heatmap.png",
+            "plan.json",
+            "chunks",
         }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import nnsight
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -48,7 +49,7 @@ class Job:
         model, metric, corrupted = self.model, self.metric, self.corrupted
         layers = sorted({site["layer"] for site in self.sites})
         with model.trace(self.clean) as tracer:
-            kept = dict().save()
+            kept = nnsight.save({})
             for layer in layers:
                 kept[layer] = self.place(layer).input
             tracer.stop()
@@ -59,7 +60,7 @@ class Job:
                 for site in self.sites[start : start + self.stack]
             ]
             with model.trace(logits_to_keep=1) as tracer:
-                found = list().save()
+                found = nnsight.save([])
                 for place, site, pos, columns in several:
                     with tracer.invoke(corrupted):
                         place.input[:, pos, columns] = kept[site["layer"]][:, pos, columns]
@@ -70,8 +71,6 @@ class Job:
 
 def build(folder: Path, jobs: Mapping[str, Any]) -> dict[str, Job]:
     """The jobs on the model as nnsight wraps it."""
-    import nnsight
-
     hf, words = gpt2_and_tokenizer(folder)
     if hasattr(nnsight, "TransformersModel"):
         model = nnsight.TransformersModel(hf, tokenizer=words, task="text-generation")

@@ -415,6 +415,7 @@ class GroupedQueryAttention(AbstractAttention):
         return self.cfg.n_heads // self.n_kv_heads
 
     def key_value_leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W_K, W_V, b_K, b_V with one entry per KV head, or per query head while ungrouped."""
         if self.cfg.ungroup_grouped_query_attention:
             return self.W_K, self.W_V, self.b_K, self.b_V
         return super().key_value_leaves()

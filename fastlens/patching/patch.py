@@ -11,9 +11,9 @@ from fastlens.errors import SweepError, did_you_mean
 from fastlens.patching.model import PatchableModel
 from fastlens.patching.runs import FIELD_OF_AXIS, PlannedPatch, Run, Selection, chosen
 from fastlens.patching.sites import SITES, Site, find_site, n_heads
-from fastlens.patching.sources import Source
+from fastlens.patching.sources import Activations, Source
 
-Value: TypeAlias = str | float | Tensor | Mapping[str, Tensor]
+Value: TypeAlias = str | int | float | Tensor | Activations
 MODES = ("replace", "add", "scale")
 NAMED = ("other", "zero", "mean", "resample")
 SPLIT_INPUTS = ("q_input", "k_input", "v_input")
@@ -61,19 +61,22 @@ class Sources:
         self.keeps_graph = keeps_graph
         self.list: list[Source] = [Source("other", "the other prompt")]
         self._known: dict[Any, int] = {"other": 0}
+        # Tensors and caches are known by identity, so none of them may go meanwhile.
+        self._alive: list[Any] = []
 
-    def number_of(self, value: Value) -> int:
-        """The number of a source, which is checked and added if it is new.
+    def number_of(self, value: Any) -> int:
+        """The number of a source (a `Value`), which is checked and added if it is new.
 
         Raises: SweepError for something that is no source.
         """
-        key = value if isinstance(value, str | float | int) else id(value)
+        key = value if isinstance(value, str | float | int) else ("object", id(value))
         if key not in self._known:
             self.list.append(self._made(value))
+            self._alive.append(value)
             self._known[key] = len(self.list) - 1
         return self._known[key]
 
-    def _made(self, value: Value) -> Source:
+    def _made(self, value: Any) -> Source:
         if isinstance(value, str):
             return self._named(value)
         if isinstance(value, int | float):
@@ -114,8 +117,8 @@ class Sources:
         return Source("resample", f"another example (seed {self.seed})", permutation=permutation)
 
 
-def planned(patch: Patch, model: PatchableModel, sources: Sources) -> PlannedPatch:
-    """A patch with its site found, its selections checked and its source numbered.
+def planned(patch: Any, model: PatchableModel, sources: Sources) -> PlannedPatch:
+    """A `Patch` with its site found, its selections checked and its source numbered.
 
     Raises: SweepError for a site, layer, entry, source or mode that does not exist or fit.
     """

@@ -130,9 +130,7 @@ class Profile(NamedTuple):
     start: int
 
 
-def canonical(
-    run: Run, n_layers: int, caches: Collection[int] = ()
-) -> tuple[PlannedPatch, ...]:
+def canonical(run: Run, n_layers: int, caches: Collection[int] = ()) -> tuple[PlannedPatch, ...]:
     """The patches in the order of the forward; ``resid_post`` below the last layer is the next
     layer's ``resid_pre``, but for the sources ``caches``, whose values go by the hook's name."""
     patches = run.patches
@@ -149,9 +147,7 @@ def canonical(
 
 
 def _is_alias(patch: PlannedPatch, n_layers: int, caches: Collection[int]) -> bool:
-    return (
-        patch.site == "resid_post" and patch.layer < n_layers - 1 and patch.value not in caches
-    )
+    return patch.site == "resid_post" and patch.layer < n_layers - 1 and patch.value not in caches
 
 
 def live_masks(

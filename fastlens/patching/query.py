@@ -145,14 +145,16 @@ def explained(query: SweepPlan) -> str:
     plan, frame, summary = query.plan, query.plan.frame, query.summary()
     sites = ", ".join(query.grid.named)
     lines = [
-        f"{summary['runs']:,} runs of {sites}, {query.direction}, {frame.batch} "
-        f"{'pair' if frame.batch == 1 else 'pairs'} of {query.prompts.n_pos} tokens",
+        f"{_counted(summary['runs'], 'run')} of {sites}, {query.direction}, "
+        f"{_counted(frame.batch, 'pair')} of {_counted(query.prompts.n_pos, 'token')}",
         f"strategy: {query.strategy.name}"
         + (f", because {query.strategy.because}" if query.strategy.because else ""),
     ]
     if not query.strategy.is_wave:
         return "\n".join(lines)
-    lines.append(f"computed: {summary['computed']:,} runs in {len(plan.chunks):,} chunks")
+    lines.append(
+        f"computed: {_counted(len(plan.order), 'run')} in {_counted(len(plan.chunks), 'chunk')}"
+    )
     said = {
         "null": "the new values are the old ones (the prompts agree so far, or values are equal)",
         "dead": "no logit that is read can see them",
@@ -187,6 +189,10 @@ def explained(query: SweepPlan) -> str:
         f"of {said_bytes(query.memory)} allowed"
     )
     return "\n".join(lines)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def plan(

@@ -63,6 +63,12 @@ def plan_from_layout(query: SweepPlan, layout: dict[str, Any]) -> SweepPlan:
     query = replace(query, memory=int(layout["memory"]))
     if not query.strategy.is_wave or layout["chunks"] == [chunk.runs for chunk in plan.chunks]:
         return query
+    stored = [run for runs in layout["chunks"] for run in runs]
+    if sorted(stored) != sorted(plan.order):
+        raise SourceError(
+            f"the folder's sweep computes {len(stored)} runs and this one {len(plan.order)}: it "
+            f"was planned by another version of fastlens. Use another folder."
+        )
     entry = dict(zip(plan.order, plan.entries, strict=True))
     rows = dict(zip(plan.order, plan.rows, strict=True))
     chunks = [

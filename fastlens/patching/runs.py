@@ -88,9 +88,9 @@ def runs_of(
     indices: Mapping[str, Sequence[int]],
     restricted: Mapping[str, Sequence[int]],
     *,
+    n_layers: int,
     cell_start: tuple[int, ...] = (),
     window: int = 1,
-    n_layers: int = 1,
     value: int = 0,
     mode: str = "replace",
 ) -> list[Run]:
@@ -100,6 +100,7 @@ def runs_of(
         indices: For every axis of ``by``, the indices that are swept.
         restricted: For axes outside ``by``, the entries a patch covers; an axis in neither is
             covered whole.
+        n_layers: Of the model: where windows are cut off.
         cell_start: Put in front of every run's cell.
         window: Layers patched together around the swept one, as many below as above, the odd one
             below (Meng et al. 2202.05262); cut off at the ends.

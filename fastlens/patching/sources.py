@@ -1,8 +1,8 @@
 """Where new values come from: the other prompt, another example, a mean, a number, a tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,27 @@ from torch import Tensor
 
 from fastlens.patching.sites import SITES
 from fastlens.patching.uses import Entries
+
+
+@runtime_checkable
+class Activations(Protocol):
+    """Whole activations by hook name: a dict, an `ActivationCache`, TransformerLens' own."""
+
+    def __getitem__(self, key: str, /) -> Any:
+        """The activation of one hook."""
+        ...
+
+    def __contains__(self, key: object, /) -> bool:
+        """Whether there is one."""
+        ...
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of hooks."""
+        ...
+
+    def keys(self) -> Any:
+        """Names of hooks."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +51,7 @@ class Source:
     name: str
     number: float = 0.0
     tensor: Tensor | None = None
-    cache: Mapping[str, Tensor] | None = None
+    cache: Activations | None = None
     permutation: Int[Tensor, " batch"] | None = None
 
     @property

@@ -65,9 +65,11 @@ class WaveLayer:
 
     @property
     def pack(self) -> Pack:
+        """Which packed row is whose, as of now."""
         return self.wave.pack
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row_after d_model"]:
+        """The stream behind the layer, of the rows that are in the pack then."""
         self.rows = {"x": x}
         self._join("resid_pre")
         self._patch("resid_pre", self.rows["x"].unsqueeze(1))

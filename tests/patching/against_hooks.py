@@ -30,7 +30,8 @@ def pairs(batch: int, n_pos: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     for example in range(batch):
         first = min(2 + example, n_pos - 1)
         corrupted[example, first] = (corrupted[example, first] + 7) % 50
-        corrupted[example, -1 - example % 2] = (corrupted[example, -1 - example % 2] + 11) % 50
+        late = max(n_pos - 1 - example % 2, 0)
+        corrupted[example, late] = (corrupted[example, late] + 11) % 50
     return clean, corrupted
 
 

@@ -85,6 +85,83 @@ def test_16_bit_logits_are_widened():
     assert_close_to(answer_prob(0).of_rows(rows), answer_prob(0).of_rows(rows.double()), atol=1e-6)
 
 
+# -- positions -----------------------------------------------------------------------------------
+
+
+def test_one_position_per_example():
+    expected = [math.log(0.3), math.log(0.2)]
+    for position in ([0, 1], [-2, -1], (0, -1)):
+        assert_close_to(answer_logit([1, 1], position=position)(LOGITS), expected, atol=1e-12)
+    metric = answer_logit(1, position=[0, -1])
+    assert metric.positions(2, 2) == [0, 1]
+    assert answer_logit(1, position=[-3]).positions(3, 4) == [1, 1, 1]
+    assert answer_logit(1).positions(2, 5) == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        (2, "reads position 2, and the logits have 2 positions"),
+        (-3, "reads position -3, and the logits have 2"),
+        ([0, 2], "reads position 2"),
+        ([0, 1, 1], "has 3 positions for 2 examples. Give one for all, or one for each"),
+        ([], "has 0 positions for 2 examples"),
+    ],
+)
+def test_positions_that_do_not_fit(position, message):
+    with pytest.raises(MetricError, match=message):
+        answer_logit(0, position=position)(LOGITS)
+
+
+def test_kl_at_a_position_of_each_example():
+    clean = LOGITS.flip(0)
+    metric = kl_divergence(position=[0, 1]).with_clean(clean)
+    p, q = clean[[0, 1], [0, 1]].exp(), LOGITS[[0, 1], [0, 1]].exp()
+    assert_close_to(metric(LOGITS), (p * (p / q).log()).sum(-1), atol=1e-12)
+
+
+# -- many rows at once ---------------------------------------------------------------------------
+
+MANY = {
+    "logit_diff": logit_diff([3, 0], [1, 4]),
+    "logit_diff, one answer": logit_diff(3, 1),
+    "answer_logit": answer_logit([3, 0]),
+    "answer_prob": answer_prob([3, 0]),
+    "cross_entropy": cross_entropy(3),
+    "kl_divergence": kl_divergence(),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_many_rows_at_once_are_the_rows_one_by_one(name, dtype):
+    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    example = torch.tensor([1, 0, 0, 1, 1, 0, 1])
+    metric = MANY[name].bind(ours("gpt2"))
+    if metric.needs_clean:
+        metric = metric.with_clean_rows(torch.randn(2, 5, dtype=dtype))
+    found = metric.of_many(rows, example)
+    # The whole batch once for each row, with that row at its own example.
+    for i, whose in enumerate(example.tolist()):
+        alone = metric.of_rows(rows[i].expand(2, -1))[whose]
+        assert_close_to(found[i], alone, atol=1e-12 if dtype == torch.float64 else 1e-6)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in MANY if MANY[name].is_of_answers])
+def test_many_rows_of_the_answers_columns_alone(name):
+    rows = torch.randn(4, 5, dtype=torch.float64)
+    example = torch.tensor([0, 1, 1, 0])
+    metric = MANY[name].bind(ours("gpt2"))
+    columns = torch.cat([answer.reshape(-1) for answer in metric.answers]).unique()
+    found = metric.of_many(rows[:, columns], example, columns)
+    assert_close_to(found, metric.of_many(rows, example), atol=0)
+
+
+def test_which_metrics_look_at_their_answers_alone():
+    assert [MANY[name].is_of_answers for name in MANY] == [True, True, True, False, False, False]
+
+
 # -- answers -------------------------------------------------------------------------------------
 
 
@@ -133,11 +210,10 @@ def reading(metric, batch=2, n_pos=2):
     return reading_of(metric, ours("gpt2"), n_pos, batch)
 
 
-def test_only_the_needed_position_is_read():
-    read = reading(logit_diff(0, 1, position=-2))
-    assert read.position == 0
-    assert_close_to(read.of_needed(LOGITS[:, :1], "run"), read.of_logits(LOGITS, "run"))
-    assert reading(lambda logits: logits.sum()).position is None
+def test_only_the_needed_positions_are_read():
+    assert reading(logit_diff(0, 1, position=-2)).positions == (0, 0)
+    assert reading(logit_diff(0, 1, position=[-1, 0])).positions == (1, 0)
+    assert reading(lambda logits: logits.sum()).positions is None
 
 
 @pytest.mark.parametrize(
@@ -177,8 +253,10 @@ def test_what_a_metric_may_not_return(metric, message):
 def test_what_is_known_before_any_run():
     with pytest.raises(SweepError, match=re.escape("metric='logit_diff' is no metric")):
         reading("logit_diff")
-    with pytest.raises(SweepError, match="position 2, and the prompts have 2 tokens"):
+    with pytest.raises(MetricError, match="reads position 2, and the logits have 2 positions"):
         reading(answer_logit(0, position=2))
+    with pytest.raises(MetricError, match="3 positions for 2 examples"):
+        reading(answer_logit(0, position=[0, 1, 1]))
     with pytest.raises(MetricError, match="3 answers for 2 examples"):
         reading(answer_logit([0, 1, 2]))
 
@@ -196,6 +274,36 @@ def test_names_and_units_of_any_metric():
     assert logit_diff(" a", " b").label == "logit difference (' a' vs ' b')"
     assert not reading(my_metric).normalize
     assert reading(answer_prob(0, normalize=True)).normalize
+
+
+def test_nan_names_the_first_run():
+    read = reading(answer_logit(0))
+    values = torch.tensor([[1.0, 2.0], [3.0, float("nan")], [float("nan")] * 2])
+    read.refuse_nan(values[:1], ["L0"])
+    with pytest.raises(MetricError, match="returned NaN for L1"):
+        read.refuse_nan(values, ["L0", "L1", "L2"])
+
+
+def test_only_metrics_that_compare_get_the_clean_run():
+    plain, kl = reading(answer_logit(0)), reading(kl_divergence())
+    assert plain.with_clean(LOGITS) is plain
+    function = reading(lambda logits: logits.sum())
+    assert function.with_clean(LOGITS) is function
+    assert_close_to(kl.with_clean(LOGITS).of_logits(LOGITS, "run"), [0.0, 0.0], atol=1e-12)
+
+
+def test_values_are_kept_in_at_least_32_bits():
+    read = reading(lambda logits: logits[:, -1, 0])
+    assert read.of_logits(LOGITS.to(torch.bfloat16), "run").dtype == torch.float32
+    assert read.of_logits(LOGITS, "run").dtype == torch.float64
+    assert reading(lambda logits: 3).of_logits(LOGITS, "run").dtype == torch.float64
+
+
+def test_gradients_pass_where_there_are_any():
+    read = reading(lambda logits: logits[:, -1, 0])
+    leaf = LOGITS.clone().requires_grad_()
+    assert read.of_logits(leaf, "run").requires_grad
+    assert not read.of_logits(LOGITS, "run").requires_grad
 
 
 def test_a_metric_is_a_value():

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastlens.patching.model import PatchableModel, modules_with_hooks
+from fastlens.patching.model import PatchableModel, modules_with_hooks, walk
 from tests.models import ours
 
 
@@ -31,3 +31,15 @@ def test_backward_hooks_do_not_count():
     model = ours("gpt2")
     model.add_hook("hook_embed", lambda grad, hook: None, dir="bwd")
     assert [name for name in modules_with_hooks(model) if "hook_embed" in name] == []
+
+
+def test_every_module_is_walked_once():
+    for name in ("llama", "no_norm"):
+        model = ours(name)
+        found = list(walk(model))
+        assert sorted(path for path, _ in found) == sorted(dict(model.named_modules()))
+        assert dict(found) == dict(model.named_modules())
+        order = [path for path, _ in found]
+        assert all(
+            order.index(path.rpartition(".")[0]) < order.index(path) for path in order if path
+        )

@@ -164,6 +164,14 @@ def test_an_alias_keeps_its_place_among_several_patches():
     )
 
 
+def test_values_from_a_cache_go_by_their_own_name():
+    run = Run((0,), (patch("resid_post", 0, 7, value=1), patch("resid_post", 0, 7, value=2)))
+    assert canonical(run, L, caches=(2,)) == (
+        patch("resid_pre", 1, 7, value=1),
+        patch("resid_post", 0, 7, value=2),
+    )
+
+
 def test_equal_patches_of_one_site_stay_in_the_order_given():
     add, scale = patch("z", 0, 7, value=1, mode="add"), patch("z", 0, 7, value=1, mode="scale")
     assert canonical(Run((0,), (add, scale)), L) == (add, scale)

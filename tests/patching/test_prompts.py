@@ -108,7 +108,9 @@ def test_an_attention_mask_goes_with_tokens_of_its_shape():
     assert pair.mask.tolist() == mask and pair.mask.dtype == torch.long
     assert not pair.is_padded
     assert prompts_of(model, tokens, tokens, torch.tensor(mask).bool()).mask.tolist() == mask
-    with pytest.raises(SweepError, match=r"attention_mask has shape \[2, 3\], the prompts \[2, 4\]"):
+    with pytest.raises(
+        SweepError, match=r"attention_mask has shape \[2, 3\], the prompts \[2, 4\]"
+    ):
         prompts_of(model, tokens, tokens, torch.ones(2, 3))
     with pytest.raises(SweepError, match="not with ragged prompts"):
         prompts_of(text_model(), ["a", "the cat"], ["a", "the the"], torch.ones(2, 3))

@@ -72,9 +72,7 @@ def test_runs_are_the_product_of_by_in_its_order():
 
 def test_another_order_of_axes():
     indices = {"layer": [0, 1], "pos": [4, 5]}
-    runs = runs_of(
-        SITES["resid_pre"], ("pos", "layer"), indices, {}, cell_start=(7,), n_layers=2
-    )
+    runs = runs_of(SITES["resid_pre"], ("pos", "layer"), indices, {}, cell_start=(7,), n_layers=2)
     assert shown(runs) == [
         ((7, 0, 0), 0, ((4,),)),
         ((7, 0, 1), 1, ((4,),)),
@@ -102,9 +100,7 @@ def test_a_restriction_outside_by_narrows_the_patch():
 
 
 def test_source_and_mode_are_those_of_every_patch():
-    runs = runs_of(
-        SITES["z"], ("layer",), {"layer": [0, 1]}, {}, n_layers=2, value=3, mode="add"
-    )
+    runs = runs_of(SITES["z"], ("layer",), {"layer": [0, 1]}, {}, n_layers=2, value=3, mode="add")
     assert [(p.value, p.mode) for run in runs for p in run.patches] == [(3, "add")] * 2
 
 
@@ -119,9 +115,7 @@ def test_source_and_mode_are_those_of_every_patch():
     ],
 )
 def test_windows_are_centred_and_cut_off_at_the_ends(window, layers):
-    runs = runs_of(
-        SITES["mlp_out"], ("layer",), {"layer": range(4)}, {}, window=window, n_layers=4
-    )
+    runs = runs_of(SITES["mlp_out"], ("layer",), {"layer": range(4)}, {}, window=window, n_layers=4)
     assert [[patch.layer for patch in run.patches] for run in runs] == layers
 
 

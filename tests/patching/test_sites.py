@@ -160,7 +160,9 @@ def test_stages_are_the_order_of_the_forward(name):
         setattr(model.cfg, flag, True)
     seen = []
     sites = {find(model, one).hook_name(1): one for one in sites_of(model)}
-    hooks = [(hook, lambda x, hook: seen.append(hook.name)) for hook in sites if "attn_in" not in hook]
+    hooks = [
+        (hook, lambda x, hook: seen.append(hook.name)) for hook in sites if "attn_in" not in hook
+    ]
     model.run_with_hooks(prompts(1, 4), fwd_hooks=hooks)
     stages = [SITES[sites[hook]].stage for hook in seen]
     # Parallel blocks write both parts at the end; which comes first makes no difference.
