@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra arguments for the line that installs torch, such as an index that has CPU wheels.
 TORCH_ARGS ?=
-# The interpreter of an environment with transformer-lens 4, for `make bench`.
+# The interpreters of environments with transformer-lens 4 and with nnsight, for `make bench`.
 TL4_PYTHON ?=
+NNSIGHT_PYTHON ?=
 # Extra arguments for pytest, such as -k name or -x.
 ARGS ?=
 
@@ -56,7 +57,9 @@ format: $(VENV)/dev.stamp  ## rewrite the sources as `make check` wants them
 
 bench: $(VENV)/dev.stamp  ## run every benchmark (minutes; needs a quiet machine)
 	$(BIN)/python benchmarks/forward.py --write
-	$(BIN)/python benchmarks/sweep.py --write $(if $(TL4_PYTHON),--tl4-python $(TL4_PYTHON))
+	$(BIN)/python benchmarks/sweep.py --write $(if $(TL4_PYTHON),--tl4-python $(TL4_PYTHON)) \
+		$(if $(NNSIGHT_PYTHON),--nnsight-python $(NNSIGHT_PYTHON))
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean:  ## remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

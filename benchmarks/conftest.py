@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.timing import machine, relative_difference
-
-# DESIGN section 8's bound for real models.
-TOLERANCE = 2e-4
+from benchmarks.timing import machine, require_close
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -41,11 +38,7 @@ def time_checked(benchmark: Any) -> Callable[..., None]:
     def time(run: Callable[[], Any], expected: torch.Tensor, group: str) -> None:
         benchmark.group = group
         with torch.no_grad():
-            found = run()
-            difference = relative_difference(
-                found[0] if isinstance(found, tuple) else found, expected
-            )
-            assert difference <= TOLERANCE, f"differs by {difference:.1e} of the range"
+            require_close(run(), expected)
             benchmark(run)
 
     return time

@@ -17,7 +17,7 @@ from fastlens.kernels.masks import AttentionRule, visibility
 from fastlens.ops.dispatch import kernels
 
 TOKENS = (16, 64, 256, 1024)
-TORCH, REFERENCE = "torch", "reference"
+TORCH, REFERENCE = "plain torch", "reference"
 
 
 @pytest.fixture(params=TOKENS)
@@ -28,13 +28,16 @@ def tokens(request: pytest.FixtureRequest, only_checked: bool) -> int:
 
 def each_contender(op: str, *others: str) -> pytest.MarkDecorator:
     """Over the kernels that serve the CPU, and others."""
-    served = [k.name for k in kernels()[op] if not k.refuses(torch.device("cpu"), torch.float32)]
-    return pytest.mark.parametrize("who", [*served, REFERENCE, *others])
+    cpu = torch.device("cpu")
+    served = [k.name for k in kernels()[op] if k.refuses(cpu, torch.float32) is None]
+    names = [*(f"fastlens: {name}" for name in served), REFERENCE, *others]
+    return pytest.mark.parametrize("who", names)
 
 
 def of_fastlens(op: str, who: str) -> Callable[..., torch.Tensor]:
     """A kernel by its name, or the reference."""
-    return {k.name: k.fn for k in kernels()[op]}.get(who, getattr(reference, op))
+    named = {f"fastlens: {kernel.name}": kernel.fn for kernel in kernels()[op]}
+    return getattr(reference, op) if who == REFERENCE else named[who]
 
 
 @each_contender("attention", TORCH)

@@ -87,6 +87,17 @@ def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / spread)
 
 
+def require_close(found: Any, expected: torch.Tensor, tolerance: float = 2e-4) -> None:
+    """Raise an AssertionError unless a result is what it should be: else no time means anything.
+
+    Args:
+        found: A tensor, or a tuple that begins with one.
+        tolerance: Part of the range of ``expected``; DESIGN section 8's bound for real models.
+    """
+    difference = relative_difference(found[0] if isinstance(found, tuple) else found, expected)
+    assert difference <= tolerance, f"differs by {difference:.1e} of the range"
+
+
 def machine(device: str) -> dict[str, Any]:
     """What a figure needs beside it: processor, threads, versions."""
     import transformers

@@ -35,7 +35,7 @@ class Direction(str, Enum):
     noising = "noising"
 
 
-class Mode(str, Enum):
+class Mode(Enum):
     """What is done with the new value."""
 
     replace = "replace"

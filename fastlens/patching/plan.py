@@ -136,18 +136,18 @@ def canonical(run: Run, n_layers: int, caches: Collection[int] = ()) -> tuple[Pl
     patches = run.patches
     if len(patches) > 1:
         patches = tuple(sorted(patches, key=lambda patch: (patch.layer, STAGE[patch.site])))
-    if any(_is_alias(patch, n_layers, caches) for patch in patches):
+    aliased = {
+        index
+        for index, patch in enumerate(patches)
+        if patch.site == "resid_post" and patch.layer < n_layers - 1
+    }
+    # All or none of them, or those of one layer would change places.
+    if aliased and not any(patches[index].value in caches for index in aliased):
         patches = tuple(
-            patch._replace(site="resid_pre", layer=patch.layer + 1)
-            if _is_alias(patch, n_layers, caches)
-            else patch
-            for patch in patches
+            patch._replace(site="resid_pre", layer=patch.layer + 1) if index in aliased else patch
+            for index, patch in enumerate(patches)
         )
     return patches
-
-
-def _is_alias(patch: PlannedPatch, n_layers: int, caches: Collection[int]) -> bool:
-    return patch.site == "resid_post" and patch.layer < n_layers - 1 and patch.value not in caches
 
 
 def live_masks(

@@ -1,15 +1,33 @@
 """benchmarks/sweep.py runs, refuses wrong results, and times what it says."""
 
+import contextlib
+import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import sweep
-from benchmarks.peers import loops, stacked, transformer_lens_4
-from benchmarks.sweep import Case, Contender
-from benchmarks.sweep_report import AGAIN, ALONE, BY_HAND, FUNCTION, HF, OURS, TL3, TL4, VERIFIED
+from benchmarks import sweep, sweep_cases
+from benchmarks.forward import TINY
+from benchmarks.peers import loops, process, stacked
+from benchmarks.sweep import Contender
+from benchmarks.sweep_cases import Case
+from benchmarks.sweep_report import (
+    AGAIN,
+    ALONE,
+    BY_HAND,
+    FUNCTION,
+    HF,
+    HF_FORWARD,
+    NNSIGHT,
+    OURS,
+    TL3,
+    TL4,
+    VERIFIED,
+)
+from tests.smollm2 import smollm2
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +40,7 @@ def threads_as_they_were():
 @pytest.fixture(scope="module")
 def models() -> sweep.Models:
     """The tiny GPT-2, Hugging Face's and ours."""
-    hf = sweep.TINY[0].build()
-    ours = sweep.HookedTransformer.from_pretrained_no_processing(
-        "tiny GPT-2", hf_model=hf, device="cpu", verbose=False
-    ).eval()
-    return sweep.Models(hf, ours, None)
+    return sweep.Models(*sweep_cases.of_shape(TINY[0]), None)
 
 
 def test_smoke(capsys):
@@ -48,13 +62,20 @@ def test_smoke(capsys):
     assert found["rows"][3]["scale"][HF] == 3.0
     assert found["rows"][0]["scale"][HF] == 1.0
     assert json.loads(json.dumps(found)) == found
+    assert [row["model"] for row in found["rows"]] == ["tiny GPT-2"] * 5 + ["tiny Llama"]
     said = capsys.readouterr().out
+    assert f"{NNSIGHT} is left out: no --nnsight-python is given" in said
     assert f"{TL4} is left out: no --tl4-python is given" in said
     assert "resid_pre-64: 24 sites, 12 tokens, first difference at 1" in said
 
 
+def with_vocabulary(size: int) -> SimpleNamespace:
+    return SimpleNamespace(cfg=SimpleNamespace(d_vocab=size))
+
+
 def test_the_issues_sweeps():
-    indices = {case.name: case.indices(12, 12) for case in sweep.CASES}
+    random = [case for case in sweep.CASES if case.texts is None]
+    indices = {case.name: case.indices(12, 12) for case in random}
     assert {name: len(found) for name, found in indices.items()} == {
         "resid_pre": 192,
         "resid_pre-minimal": 180,
@@ -63,8 +84,8 @@ def test_the_issues_sweeps():
         "resid_pre-64": 768,
     }
     assert indices["z-minimal"][:2] == [(0, 0, 0), (0, 0, 1)] and indices["z"][12] == (1, 0)
-    for case in sweep.CASES:
-        clean, corrupted = case.prompts(50257)
+    for case in random:
+        clean, corrupted = case.prompts(with_vocabulary(50257))
         agree = (clean == corrupted)[0].tolist()
         assert agree == [True] * case.differ + [False] * (case.tokens - case.differ)
     by_name = {case.name: case for case in sweep.CASES}
@@ -79,7 +100,8 @@ def test_the_issues_sweeps():
 @pytest.mark.parametrize("case", sweep.SMOKE_CASES[:4], ids=lambda case: case.name)
 def test_every_way_patches_what_it_should(models, case):
     """Against forwards with one patch each, written here."""
-    clean, corrupted = case.prompts(100)
+    clean, corrupted = case.prompts(models.ours)
+    metric = loops.difference_of(*case.answers(models.ours))
     indices = case.indices(2, 4)
     place = "hook_resid_pre" if case.site == "resid_pre" else "attn.hook_z"
     _, cache = models.ours.run_with_cache(clean)
@@ -96,7 +118,7 @@ def test_every_way_patches_what_it_should(models, case):
 
         with torch.no_grad():
             logits = models.ours.run_with_hooks(corrupted, fwd_hooks=[(name, put)])
-        expected.append(loops.metric(logits))
+        expected.append(metric(logits))
     expected = torch.stack(expected)
     assert expected.max() - expected.min() > 1e-3
     everyone = sweep.our_contenders(models, case) | sweep.slow_contenders(models, case)
@@ -180,8 +202,8 @@ def test_products_have_the_models_shapes(models):
 
 def test_the_widest_layer(models):
     case = Case("resid_pre", "", "resid_pre", ("layer", "pos"), 6, 4)
-    clean, corrupted = case.prompts(100)
-    metric = sweep.logit_diff(loops.ANSWER, loops.WRONG)
+    clean, corrupted = case.prompts(models.ours)
+    metric = sweep.logit_diff(11, 22)
     query = sweep.plan(
         *(models.ours, clean, corrupted), sites="resid_pre", by=case.by, metric=metric
     )
@@ -196,7 +218,7 @@ import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 assert (folder / "config.json").is_file()
 jobs = json.loads((folder / "jobs.json").read_text())
-print(json.dumps({"transformer_lens": "4.3.0"}), flush=True)
+print(json.dumps({"package": "transformer-lens 4.3.0"}), flush=True)
 for line in sys.stdin:
     if line.strip() == "bad":
         sys.exit("something broke")
@@ -205,30 +227,84 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def worker(tmp_path, monkeypatch):
+def worker(tmp_path):
     path = tmp_path / "worker.py"
     path.write_text(WORKER)
-    monkeypatch.setattr(transformer_lens_4, "WORKER", path)
+    return path
 
 
-@pytest.mark.usefixtures("worker")
-def test_the_process_of_transformer_lens_4(models):
-    jobs = sweep.jobs_of(sweep.SMOKE_CASES, models.ours.cfg)
+def test_a_library_in_its_own_process(models, worker):
+    jobs = sweep.jobs_of(sweep.SMOKE_CASES[:5], models.ours)
     # The 64-token sweep is not theirs.
     assert list(jobs) == [case.name for case in sweep.SMOKE_CASES[:4]]
-    assert jobs["resid_pre"]["indices"] is None and len(jobs["z-minimal"]["indices"]) == 16
-    with transformer_lens_4.started(sys.executable, models.hf, jobs, threads=3) as peer:
-        assert peer.about == {"transformer_lens": "4.3.0"}
+    assert not jobs["resid_pre"]["drawn"] and len(jobs["resid_pre"]["indices"]) == 12
+    assert jobs["z-minimal"]["drawn"] and len(jobs["z-minimal"]["indices"]) == 16
+    assert jobs["z-minimal"]["answers"] == (11, 22) and jobs["z-minimal"]["stack"] == 4
+    with process.started(worker, sys.executable, models.hf, jobs, threads=3) as peer:
+        assert peer.about == {"package": "transformer-lens 4.3.0"}
         assert peer.run("z-minimal").tolist() == [16, 3]
         assert peer.run("z-minimal").tolist() == [16, 3]
-        with pytest.raises(SystemExit, match="process ended: something broke"):
+        with pytest.raises(SystemExit, match="worker.py ended: something broke"):
             peer.run("bad")
 
 
 def test_a_python_that_is_not_there(models):
-    with pytest.raises(SystemExit, match="--tl4-python /no/such/python cannot be run"):
-        with transformer_lens_4.started("/no/such/python", models.hf, {}, threads=1):
+    with pytest.raises(SystemExit, match="/no/such/python cannot be run"):
+        with process.started(process.NNSIGHT, "/no/such/python", models.hf, {}, threads=1):
             pass
+
+
+def test_peers_are_for_the_gpt2_and_of_the_version_that_they_are_named_for(
+    models, worker, monkeypatch
+):
+    monkeypatch.setattr(sweep, "WORKERS", {TL4: worker, NNSIGHT: worker})
+    cases = sweep.SMOKE_CASES[:1]
+
+    def started(stack, pythons, hf, ours):
+        return sweep.started_peers(stack, pythons, hf, ours, cases, 1)
+
+    with contextlib.ExitStack() as stack:
+        pythons = {TL4: sys.executable, NNSIGHT: None}
+        found = started(stack, pythons, models.hf, models.ours)
+        assert list(found) == [TL4]
+        assert found[TL4].about["package"] == "transformer-lens 4.3.0"
+        assert started(stack, pythons, *sweep_cases.of_shape(TINY[1])) == {}
+        with pytest.raises(SystemExit, match="--nnsight-python has transformer-lens 4.3.0, not"):
+            started(stack, {NNSIGHT: sys.executable}, models.hf, models.ours)
+
+
+def test_the_real_model_is_left_out_where_it_is_not_installed(capsys, monkeypatch):
+    with monkeypatch.context() as missing:
+        missing.setattr(sweep_cases.importlib.util, "find_spec", lambda name: None)
+        assert sweep_cases.smollm2() is None
+    monkeypatch.setitem(sweep.MODELS, sweep_cases.REAL, lambda: None)
+    found = sweep.main(["--only", "smollm2", "--threads", str(torch.get_num_threads())])
+    assert found is not None and found["rows"] == []
+    assert "SmolLM2-135M is left out: its package is not installed" in capsys.readouterr().out
+
+
+def test_the_real_models_pair_is_the_demos():
+    from fastlens.cli import demo
+
+    (case,) = (case for case in sweep.CASES if case.texts is not None)
+    assert case.texts == (demo.CLEAN, demo.CORRUPTED)
+    assert case.words == (demo.ANSWER, demo.WRONG)
+    model = smollm2()
+    clean, corrupted = case.prompts(model)
+    assert clean.shape == corrupted.shape == (1, case.tokens)
+    assert (clean != corrupted)[0].nonzero()[0] == case.differ
+    assert [model.to_string(token) for token in case.answers(model)] == [" Paris", " Rome"]
+
+
+def test_no_forward_of_another_shape_is_compared_with_the_reference(monkeypatch, models):
+    words = dataclasses.replace(sweep.SMOKE_CASES[0], texts=("a", "b"))
+    prompts = sweep.SMOKE_CASES[0].prompts(models.ours)
+    monkeypatch.setattr(Case, "prompts", lambda self, model: prompts)
+    monkeypatch.setattr(Case, "answers", lambda self, model: (11, 22))
+    row = sweep.measure(
+        *(models, words), rounds=1, seconds=0.0, slow_runs=dict.fromkeys(sweep.SLOW_RUNS, 1)
+    )
+    assert HF_FORWARD not in row["seconds"] and OURS in row["seconds"]
 
 
 def test_writing(tmp_path, monkeypatch):

@@ -5,7 +5,17 @@ import copy
 import pytest
 
 from benchmarks import sweep_report as report
-from benchmarks.sweep_report import AGAIN, FUNCTION, HF, HF_FORWARD, OURS, TL3, TL4, VERIFIED
+from benchmarks.sweep_report import (
+    AGAIN,
+    FUNCTION,
+    HF,
+    HF_FORWARD,
+    NNSIGHT,
+    OURS,
+    TL3,
+    TL4,
+    VERIFIED,
+)
 
 
 def timings(**medians: float) -> dict:
@@ -17,10 +27,11 @@ def record() -> dict:
     """A results file with made-up seconds."""
     seconds = timings(
         **{OURS: 0.8, AGAIN: 0.808, VERIFIED: 0.92, FUNCTION: 1.0, HF_FORWARD: 0.06},
-        **{HF: 3.6, TL3: 32.0, TL4: 14.0},
+        **{HF: 3.6, TL3: 32.0, TL4: 14.0, NNSIGHT: 8.0},
     )
     seconds[HF]["runs"] = 4
-    seconds[TL3]["runs"] = seconds[TL4]["runs"] = 2
+    for name in (TL3, TL4, NNSIGHT):
+        seconds[name]["runs"] = 2
     generic = {
         "name": "resid_pre",
         "title": "`resid_pre`, generic pair",
@@ -37,7 +48,7 @@ def record() -> dict:
     tenth |= {"name": "z-minimal", "title": "`z`, minimal pair", "tokens": 15, "sites": 2160}
     tenth["scale"] = {HF: 10.0, TL3: 10.0}
     tenth["reference"] = {TL3: 356.0, HF: 40.0}
-    del tenth["seconds"][TL4]
+    del tenth["seconds"][TL4], tenth["seconds"][NNSIGHT]
     about = {"threads": 2, "name": "a processor", "torch": "2", "transformers": "5"}
     peers = {TL3: "transformer-lens 3.9.0", TL4: "transformer-lens 4.3.0"}
     return {"machine": about, "peers": peers, "rows": [generic, tenth]}
@@ -77,28 +88,43 @@ def test_one_row_as_text(record):
 
 TABLE = """\
 | sweep | tokens | sites | fastlens | noise: fastlens again | with the default check | \
-TransformerLens 3.9 | TransformerLens 4.3 | Hugging Face, hooks, stacked | \
-TransformerLens 3.9 / `get_act_patch_*` | fastlens / ideal |
-|---|---|---|---|---|---|---|---|---|---|---|
+TransformerLens 3.9 | TransformerLens 4.3 | Hugging Face, hooks, stacked | nnsight, \
+stacked | TransformerLens 3.9 / `get_act_patch_*` | fastlens / ideal |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 | `resid_pre`, generic pair | 16 | 192 | 0.8 s | 1.01 x | 1.15 x | 40.0 x | 17.5 x | 4.5 x | \
-32.0 x | 1.25 |
-| `z`, minimal pair | 15 | 2,160 | 0.8 s | 1.01 x | 1.15 x | 400 x | - | 45.0 x | 320 x | 1.25 |
+10.0 x | 32.0 x | 1.25 |
+| `z`, minimal pair | 15 | 2,160 | 0.8 s | 1.01 x | 1.15 x | 400 x | - | 45.0 x | - | 320 x | \
+1.25 |
 
-GPT-2-small shape, random weights, the same in all; float32, batch 1. Columns in x are multiples \
-of the time of `patching.sweep(..., verify=False)`, ratios of medians of alternating runs; \
-values were compared first. TransformerLens runs its own `get_act_patch_*`, one forward per \
+GPT-2-small shape with random weights, the same in all; float32, batch 1. Columns in x are \
+multiples of the time of `patching.sweep(..., verify=False)`, ratios of medians of alternating \
+runs; values were compared first. TransformerLens runs its own `get_act_patch_*`, one forward per \
 site; Hugging Face runs 16 sites (12 for `z`) stacked in the batch by hand, SDPA, last logits \
-only. A generic pair differs from its second token on, a minimal pair from its eleventh on. Of \
-the largest sweep the others ran a random tenth. Runs of each sweep: fastlens 13, Hugging Face \
-4, TransformerLens 3.9 2, TransformerLens 4.3 2. Ideal: the plan's FLOPs at the fp32 matrix rate \
-measured in the same run. 2 threads, a processor, torch 2, transformers 5, transformer-lens \
-3.9.0 and transformer-lens 4.3.0. Against the machine that the targets were set on, a Hugging \
-Face forward of 16 tokens took 1.00 x and matrix products 1.02 x as long."""
+only; nnsight as many invokes of one trace. A generic pair differs from its second token on, a \
+minimal pair from its eleventh on. Of the largest sweep the others ran a random tenth. Runs of \
+each sweep: fastlens 13, Hugging Face 4, TransformerLens 3.9 2, TransformerLens 4.3 2, nnsight 2. \
+Ideal: the plan's FLOPs at the fp32 matrix rate measured in the same run. 2 threads, a processor, \
+torch 2, transformers 5, transformer-lens 3.9.0 and transformer-lens 4.3.0. Against the machine \
+that the targets were set on, a Hugging Face forward of 16 tokens took 1.00 x and matrix products \
+1.02 x as long."""
 
 
 def test_the_table_is_made_of_the_results(record):
     assert report.table(record) == TABLE
     assert "Not measured yet" in report.table(None)
+
+
+def test_another_model_has_no_part_in_what_is_said_of_the_machine(record):
+    real = copy.deepcopy(record["rows"][0])
+    real |= {"name": "smollm2", "title": "SmolLM2-135M, `resid_pre`", "reference": {}}
+    real["flops_per_second"] = {"linear qkv": 1e9}
+    del real["seconds"][HF_FORWARD]
+    assert not any("note:" in line for line in report.described(real))
+    both = report.table({**record, "rows": [*record["rows"], real]})
+    assert "the same in all; SmolLM2-135M has its own, and a pair of sentences; float32" in both
+    assert both.endswith(TABLE[-40:])
+    alone = report.table({**record, "rows": [real]})
+    assert alone.endswith("transformer-lens 3.9.0 and transformer-lens 4.3.0.")
 
 
 def test_only_the_table_is_rewritten(record):
@@ -123,6 +149,12 @@ def test_a_sweep_measured_again_replaces_its_row(record):
     found = report.merged(record, new, ["resid_pre", "z-minimal"])
     assert [row["sites"] for row in found["rows"]] == [192, 1]
     assert report.merged(None, new, ["z-minimal"]) == new
+    # A peer that was not started this time is still the one of the rows that are kept.
+    few = {**new, "peers": {TL3: "transformer-lens 3.9.0"}}
+    assert report.merged(record, few, ["resid_pre", "z-minimal"])["peers"] == record["peers"]
+    with pytest.raises(SystemExit, match="of another machine or versions"):
+        later = {**new, "peers": {TL3: "transformer-lens 3.10.0"}}
+        report.merged(record, later, ["resid_pre", "z-minimal"])
     other = {**new, "machine": {"name": "another"}}
     with pytest.raises(SystemExit, match="another machine"):
         report.merged(record, other, ["resid_pre", "z-minimal"])

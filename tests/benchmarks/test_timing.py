@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.timing import Timing, alternating, machine, relative_difference
+from benchmarks.timing import Timing, alternating, machine, relative_difference, require_close
 
 
 class Clock:
@@ -68,6 +68,15 @@ def test_differences_are_relative_to_the_range():
     expected = torch.tensor([0.0, 10.0])
     assert relative_difference(expected + 0.5, expected) == pytest.approx(0.05)
     assert relative_difference(expected, expected) == 0.0
+
+
+def test_a_wrong_result_is_refused():
+    right = torch.arange(3.0)
+    require_close((right + 1e-4, "cache"), right)
+    with pytest.raises(AssertionError, match="differs by 5.0e-03 of the range"):
+        require_close(right + 0.01, right)
+    with pytest.raises(AssertionError, match="differs by nan"):
+        require_close(right * torch.nan, right)
 
 
 def test_a_machine_is_described_without_its_paths():

@@ -2,10 +2,12 @@
 
 import math
 
+import pytest
 import torch
 
 from fastlens.kernels import reference
 from fastlens.kernels.masks import AttentionRule
+from tests.close import assert_close_to
 
 
 def test_layer_norm_of_a_known_row():
@@ -52,3 +54,54 @@ def test_soft_cap_and_alibi_enter_the_scores_in_order():
     scores = reference.attention_scores(q, k, rule)
     assert torch.allclose(scores[0, :, 1, 1], torch.full((2,), 5.0))
     assert torch.allclose(scores[0, :, 1, 0], 5.0 - torch.tensor([2**-4, 2**-8]))
+
+
+# -- single rows of scores -----------------------------------------------------------------------
+
+RULES = {
+    "causal": AttentionRule(2.0),
+    "all see all": AttentionRule(2.0, causal=False),
+    "window": AttentionRule(2.0, window=2),
+    "window both ways": AttentionRule(2.0, causal=False, window=2),
+    "soft cap": AttentionRule(0.1, soft_cap=3.0),
+    "alibi": AttentionRule(2.0, alibi=True),
+    "alibi, all see all": AttentionRule(2.0, causal=False, alibi=True),
+    "everything": AttentionRule(0.1, window=3, soft_cap=3.0, alibi=True),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_rows_of_scores_are_those_of_all_scores(rule, is_masked, kv_heads):
+    """Every (example, position, head) as a row of its own, in an order of no meaning."""
+    batch, n_pos, heads = 2, 5, 4
+    q = torch.randn(batch, n_pos, heads, 3, dtype=torch.float64)
+    k = torch.randn(batch, n_pos, kv_heads, 3, dtype=torch.float64)
+    mask = torch.tensor([[False, True, True, False, True], [True] * 5]) if is_masked else None
+    expected = reference.attention_scores(q, k, rule, key_mask=mask)
+    places = torch.cartesian_prod(torch.arange(batch), torch.arange(n_pos), torch.arange(heads))
+    example, pos, head = places[torch.randperm(len(places))].T
+    keys = k[example, :, head // (heads // kv_heads)]
+    found = reference.score_rows(
+        *(q[example, pos, head], keys, rule, pos, head, heads),
+        key_mask=None if mask is None else mask[example],
+    )
+    assert_close_to(found, expected[example, head, pos], atol=1e-12)
+
+
+def test_a_row_of_scores_by_hand():
+    q = torch.tensor([[2.0]])
+    k = torch.tensor([[[1.0], [10.0], [3.0], [7.0]]])
+    at, head = torch.tensor([2]), torch.tensor([1])
+    found = reference.score_rows(q, k, AttentionRule(4.0, window=2), at, head, 2)
+    assert found.tolist() == [[-math.inf, 5.0, 1.5, -math.inf]]
+    found = reference.score_rows(q, k, AttentionRule(4.0, alibi=True), at, head, 2)
+    assert torch.allclose(
+        found[0, :3], torch.tensor([0.5, 5.0, 1.5]) - 2**-8 * torch.tensor([2, 1, 0])
+    )
+
+
+def test_no_rows_of_scores():
+    q, k, none = torch.zeros(0, 3), torch.zeros(0, 5, 3), torch.zeros(0, dtype=torch.long)
+    assert reference.score_rows(q, k, AttentionRule(1.0), none, none, 4).shape == (0, 5)

@@ -67,14 +67,22 @@ def every_activation(model: Any, batch: int, n_pos: int, mask: Tensor | None = N
     return found
 
 
-def source_of(kind: str, rng: random.Random, cache: Any, width: int | None = None) -> Any:
+def source_of(kind: str, seed: int, cache: Any, width: int = 1) -> Any:
     """Something for a patch's ``source``; a tensor broadcasts over all but its last axis."""
     if kind == "number":
         return 0.75
     if kind == "tensor":
-        generator = torch.Generator().manual_seed(rng.randrange(2**30))
-        return torch.randn(width or 1, generator=generator, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(width, generator=generator, dtype=torch.float64)
     return cache if kind == "cache" else kind
+
+
+def width_of(model: Any, site: str) -> int:
+    """Length of the axis of an activation that is never indexed; 1 where there is none."""
+    if SITES[site].axes[-1] in ("neuron", "key_pos"):
+        return 1
+    in_heads = site in ("q", "k", "v", "z", "rot_q", "rot_k")
+    return model.cfg.d_head if in_heads else model.cfg.d_model
 
 
 def random_patch(
@@ -98,7 +106,14 @@ def random_patch(
     if site == "attn_scores" and mode == "scale" and kind not in ("number",):
         # -inf times zero or a negative number is no score.
         kind = "number"
-    return Patch(site, layer, **where, source=source_of(kind, rng, cache), mode=mode)
+    # Values along the activation's own last axis, or along its keys where all are patched.
+    width = width_of(model, site)
+    if axes[-1] == "key_pos":
+        width = n_pos if where["key_pos"] is None else 1
+    if axes[-1] == "neuron":
+        width = cfg.d_mlp if where["neuron"] is None else 1
+    source = source_of(kind, rng.randrange(2**30), cache, width)
+    return Patch(site, layer, **where, source=source, mode=mode)
 
 
 def go_together(patches: Sequence[Patch]) -> bool:

@@ -127,7 +127,8 @@ def test_the_answer_does_not_depend_on_the_memory(name):
 def test_streams_kept_between_chunks_begin_where_a_chunk_does(monkeypatch):
     model = ours("gpt2", dtype=torch.float64, n_layers=4)
     clean, corrupted = pairs(2, N_POS)
-    runs = [Patch("attn_out", layer, pos=pos) for layer in range(4) for pos in (3, 6)]
+    runs = [Patch("z", layer, pos=pos, head=0) for layer in range(4) for pos in (2, 3)]
+    runs += [Patch("z", 3, pos=6, head=head) for head in range(4)]
     query = planned(model, clean, corrupted, runs)
     tight = planned(model, clean, corrupted, runs, memory=least_memory(query))
     assert [chunk.first_layer for chunk in tight.plan.chunks][-1] == 3
@@ -137,8 +138,8 @@ def test_streams_kept_between_chunks_begin_where_a_chunk_does(monkeypatch):
         layers_of_wave.WaveLayer, "run", lambda self, x: made.append(self.layer) or real(self, x)
     )
     got = wave_logits(tight)
-    # Of a later chunk, no layer is made before the one in which it begins.
-    n_expected = 4 + sum(4 - chunk.first_layer for chunk in tight.plan.chunks[1:])
+    # Three layers of the stems alone; of a chunk, no layer before the one in which it begins.
+    n_expected = 3 + sum(4 - chunk.first_layer for chunk in tight.plan.chunks)
     assert len(made) == n_expected
     check(tight, hooked_logits(query))
     assert float((got - wave_logits(query)).abs().max()) <= 1e-12
