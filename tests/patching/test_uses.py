@@ -67,14 +67,13 @@ def test_a_branch_for_each_run_and_each_example_it_changes():
 
 
 def test_branches_of_one_start_lie_together():
-    on = frame(first=(0, 0))
-    runs = [patch("resid_pre", 0, (pos,)) for pos in (4, 1, 4, 2, 1)]
-    runs = [one._replace(value=i) for i, one in enumerate(runs)]
-    plan, use = used(*runs, on=on)
-    starts = np.empty(len(use.example), dtype=int)
-    for run, branches in zip(plan.chunks[0].runs, use.branch_of, strict=True):
-        starts[branches] = runs[run].pos[0]
-    assert starts.tolist() == sorted(starts.tolist())
+    """Over runs, and over examples whose pairs begin to differ at different places."""
+    first = (4, 1, 3)
+    runs = [patch("z", 0, None, (head,)) for head in range(H)]
+    plan, use = used(*runs, on=frame(first=first))
+    assert use.branch_of.shape == (H, 3) and (use.branch_of >= 0).all()
+    starts = [first[example] for example in use.example]
+    assert starts == sorted(starts) and len(starts) == 3 * H
 
 
 def test_runs_that_change_nothing_in_an_example_are_its_base_run():
@@ -156,6 +155,22 @@ def test_one_site_patched_twice_in_a_run_is_patched_in_two_goes():
             if entries.column is not None:
                 places = [(*p, c) for p, c in zip(places, listed(entries.column), strict=True)]
             assert len(set(places)) == len(places)
+
+
+def test_runs_that_patch_in_two_orders_do_not_share_their_goes():
+    add = patch("z", 1, None, (2,), value=1, mode="add")
+    scale = patch("z", 1, None, (2,), value=1, mode="scale")
+    plan, use = used([add, scale], [scale, add], [add, add])
+    orders = {}
+    for entries in at(use, "z", 1):
+        for branch in set(listed(entries.branch)):
+            orders.setdefault(branch, []).append(entries.mode)
+    of_run = dict(zip(plan.chunks[0].runs, use.branch_of[:, 0].tolist(), strict=True))
+    assert [orders[of_run[run]] for run in range(3)] == [
+        ["add", "scale"],
+        ["scale", "add"],
+        ["add", "add"],
+    ]
 
 
 def test_runs_that_patch_alike_go_together():
