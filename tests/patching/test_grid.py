@@ -149,6 +149,9 @@ def test_a_cache_must_hold_every_layer_of_a_window():
     with pytest.raises(SweepError, match=r"the cache holds no blocks\.0\.hook_mlp_out"):
         grid(sites="mlp_out", layer=1, options={"window": 2, "source": cache})
     assert grid(sites="mlp_out", layer=1, options={"source": cache}).shape == (1, 5)
+    del cache["blocks.2.hook_mlp_out"]
+    with pytest.raises(SweepError, match=r"the cache holds no blocks\.2\.hook_mlp_out"):
+        grid(sites="mlp_out", layer=2, options={"window": 2, "source": cache})
 
 
 def test_runs_given_one_by_one():

@@ -165,11 +165,18 @@ def test_an_alias_keeps_its_place_among_several_patches():
 
 
 def test_values_from_a_cache_go_by_their_own_name():
-    run = Run((0,), (patch("resid_post", 0, 7, value=1), patch("resid_post", 0, 7, value=2)))
-    assert canonical(run, L, caches=(2,)) == (
-        patch("resid_pre", 1, 7, value=1),
-        patch("resid_post", 0, 7, value=2),
-    )
+    plain, cached = patch("resid_post", 0, 7, value=1), patch("resid_post", 0, 7, value=2)
+    plan = planned(plain, cached, [plain, cached], on=frame(caches=frozenset({2})))
+    # Aliased alone, the first of the last run would come after the second.
+    assert plan.patches == [
+        (patch("resid_pre", 1, 7, value=1),),
+        (cached,),
+        (plain, cached),
+    ]
+    assert plan.why_not == {}
+    # Whether it is patched as it leaves a layer or as it enters the next, the rows are the same.
+    alias, own = planned(plain), planned(cached, on=frame(caches=frozenset({2})))
+    assert np.array_equal(alias.counts, own.counts)
 
 
 def test_equal_patches_of_one_site_stay_in_the_order_given():

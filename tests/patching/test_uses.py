@@ -160,16 +160,18 @@ def test_one_site_patched_twice_in_a_run_is_patched_in_two_goes():
 def test_runs_that_patch_in_two_orders_do_not_share_their_goes():
     add = patch("z", 1, None, (2,), value=1, mode="add")
     scale = patch("z", 1, None, (2,), value=1, mode="scale")
-    plan, use = used([add, scale], [scale, add], [add, add])
+    replace = patch("z", 1, None, (2,), value=1)
+    plan, use = used([add, scale], [scale, add], [add, add], [replace, scale])
     orders = {}
     for entries in at(use, "z", 1):
         for branch in set(listed(entries.branch)):
             orders.setdefault(branch, []).append(entries.mode)
     of_run = dict(zip(plan.chunks[0].runs, use.branch_of[:, 0].tolist(), strict=True))
-    assert [orders[of_run[run]] for run in range(3)] == [
+    assert [orders[of_run[run]] for run in range(4)] == [
         ["add", "scale"],
         ["scale", "add"],
         ["add", "add"],
+        ["replace", "scale"],
     ]
 
 
