@@ -64,6 +64,12 @@ def _left_to_container() -> int | None:
     limit, used = root / "memory.max", root / "memory.current"
     try:
         most = limit.read_text(encoding="ascii").strip()
-        return None if most == "max" else int(most) - int(used.read_text(encoding="ascii"))
+        if most == "max":
+            return None
+        held = int(used.read_text(encoding="ascii"))
+        stat = (root / "memory.stat").read_text(encoding="ascii")
     except (OSError, ValueError):
         return None
+    # Files that were read are given up before anything else is.
+    found = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+    return max(0, int(most) - held + (0 if found is None else int(found[1])))

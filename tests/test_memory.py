@@ -113,7 +113,11 @@ def test_a_container_may_leave_less(system):
     system["/proc/meminfo"] = MEMINFO
     system[f"{GROUP}/memory.max"] = "3000000\n"
     system[f"{GROUP}/memory.current"] = "1000000\n"
+    system[f"{GROUP}/memory.stat"] = "anon 600000\n"
     assert free_bytes() == 2_000_000
+    # Files that were read count as used there, and can be given up.
+    system[f"{GROUP}/memory.stat"] = "anon 600000\ninactive_file 300000\n"
+    assert free_bytes() == 2_300_000
     system[f"{GROUP}/memory.max"] = "9000000000000\n"
     assert free_bytes() == 8000 * 1024
     system[f"{GROUP}/memory.max"] = "max\n"

@@ -170,6 +170,12 @@ def check_source(
 ) -> None:
     """Raises: SweepError if a tensor does not broadcast over the patch, or a cache lacks it."""
     site = SITES[patch.site]
+    is_positive = source.kind == "number" and source.number > 0
+    if patch.site == "attn_scores" and patch.mode == "scale" and not is_positive:
+        raise SweepError(
+            "attn_scores are minus infinity where a key is hidden: they can be scaled by a number "
+            "above zero only. Patch the pattern, or add to the scores."
+        )
     if source.kind == "tensor":
         assert source.tensor is not None
         shape = [sources.batch]

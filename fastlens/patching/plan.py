@@ -376,6 +376,8 @@ class Plan:
         return int(self.flops(layer)[0]) * f.n_layers
 
 
+# Profiles of runs of several patches that are kept for others alike.
+KEPT_PROFILES = 10_000
 # Hidden activations of the MLP that are held at once.
 MLP_BYTES = 96 * 2**20
 
@@ -400,10 +402,10 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
         if first != number:
             continue
         rows, entry, start, reason = 0, (frame.n_layers, 0), frame.n_pos, "null"
-        # Runs of one patch come in many alike; others are worth no memory.
-        place = (patches[0][:3], patches[0][4:]) if len(patches) == 1 else None
-        if frame.nulls:
-            place = None
+        # Runs come in many alike: of all heads, say. Nulls by value are each run's own.
+        place = None
+        if not frame.nulls and (len(patches) == 1 or len(profiles) < KEPT_PROFILES):
+            place = tuple((patch[:3], patch[4:]) for patch in patches)
         for example, times in examples:
             profile = None if place is None else profiles.get((place, example))
             if profile is None:

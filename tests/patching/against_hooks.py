@@ -122,7 +122,7 @@ def go_together(patches: Sequence[Patch]) -> bool:
     return "attn_in" not in sites or sites.isdisjoint(("q_input", "k_input", "v_input"))
 
 
-def mixed_runs(model: Any, batch: int, n_pos: int, cache: Any, n_multi: int = 14, seed: int = 0):
+def mixed_runs(model: Any, batch: int, n_pos: int, cache: Any, n_multi: int = 8, seed: int = 0):
     """Every site and, over them in turn, every mode and source; then runs of several patches."""
     rng = random.Random(seed)
     sites = available_sites(model.cfg, model.hook_dict)
@@ -130,7 +130,8 @@ def mixed_runs(model: Any, batch: int, n_pos: int, cache: Any, n_multi: int = 14
     # Odd lengths, so that in time every site meets every mode and source.
     modes = ("replace", "replace", "add", "replace", "scale")
     runs: list[list[Patch]] = []
-    for number, site in enumerate([*sites, *sites]):
+    # Half of the sites a second time, in another way.
+    for number, site in enumerate([*sites, *sites[seed % 2 :: 2]]):
         layer = (number + number // len(sites)) % model.cfg.n_layers
         kind = "other" if number % 3 == 0 else kinds[number % len(kinds)]
         mode = modes[number % len(modes)]

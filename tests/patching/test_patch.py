@@ -355,3 +355,11 @@ def test_runs_given_one_by_one():
 def test_runs_that_are_refused(runs, message):
     with pytest.raises(SweepError, match=re.escape(message)):
         explicit_runs(runs, ours("gpt2"), sources())
+
+
+@pytest.mark.parametrize("source", ["other", 0.0, -1.0])
+def test_scores_are_scaled_by_numbers_above_zero_only(source):
+    model, sources = ours("gpt2"), Sources(1, 5, 0)
+    with pytest.raises(SweepError, match="number above zero only"):
+        planned(Patch("attn_scores", 0, source=source, mode="scale"), model, sources)
+    assert planned(Patch("attn_scores", 0, source=0.5, mode="scale"), model, sources).value == 1
