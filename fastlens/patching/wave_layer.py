@@ -194,9 +194,9 @@ class WaveLayer:
             at_pos, at_head = pos[where], head[where]
             keys = torch.arange(values.shape[-1], device=values.device)
             if entries.keys is not None:
-                keys = torch.tensor(
-                    [key for key in entries.keys if key < n_pos], device=keys.device
-                )
+                # Maybe none: keys behind the last position that matters.
+                kept = [key for key in entries.keys if key < n_pos]
+                keys = torch.tensor(kept, dtype=torch.long, device=keys.device)
             at = where[:, None], keys
 
             def read(of: Tensor, pos: Tensor = at_pos, head: Tensor = at_head,

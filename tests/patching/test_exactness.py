@@ -183,6 +183,11 @@ def test_patches_behind_the_last_position_that_is_read_are_dead():
     query = planned(model, clean, corrupted, runs, reads=(2,))
     assert query.plan.frame.n_pos == 3 and set(query.plan.why_not.values()) == {"dead"}
     check(query)
+    # So are keys that no row sees which is kept.
+    runs = [Patch("attn_scores", 0, key_pos=[4], mode="add"), Patch("pattern", 0, key_pos=[5, 2])]
+    query = planned(model, clean, corrupted, runs, reads=(2,))
+    assert query.plan.frame.n_pos == 3
+    check(query)
     # A pattern that looks ahead brings those positions back.
     ahead = Patch("pattern", 1, pos=2, key_pos=5, source=0.5)
     query = planned(model, clean, corrupted, [[Patch("v", 1, pos=5), ahead], [ahead]], reads=(2,))

@@ -362,4 +362,5 @@ def test_scores_are_scaled_by_numbers_above_zero_only(source):
     model, sources = ours("gpt2"), Sources(1, 5, 0)
     with pytest.raises(SweepError, match="number above zero only"):
         planned(Patch("attn_scores", 0, source=source, mode="scale"), model, sources)
-    assert planned(Patch("attn_scores", 0, source=0.5, mode="scale"), model, sources).value == 1
+    half = planned(Patch("attn_scores", 0, source=0.5, mode="scale"), model, sources)
+    assert sources.list[half.value].number == 0.5
