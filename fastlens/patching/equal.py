@@ -1,6 +1,7 @@
 """Where a cached value is the run's own, so that patching it in changes nothing."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ def equality(
 ) -> dict[int, NullTest]:
     """A test for each cache among the sources: at which positions a patch from it is null.
 
-    Values count as equal bit by bit only. Both caches come from plain forwards of one shape, so
-    positions that see the same tokens have the same bits.
+    Values count as equal bit by bit only. The prompts are run as the cache was made, the same
+    places looked at, so positions that see the same tokens have the same bits.
 
     Cost: one forward of ``tokens`` that keeps the activations that are patched.
     """
@@ -29,11 +30,13 @@ def equality(
     }
     if not sites:
         return {}
-    with torch.no_grad():
-        _, own = model.run_with_cache(tokens, names_filter=list(sites))
     tests: dict[int, NullTest] = {}
     for number, source in caches.items():
         assert source.cache is not None
+        # What is looked at decides which products and which attention run, and so the last bits.
+        looks = [(name, _look) for name in source.cache.keys() if name in model.hook_dict]  # noqa: SIM118
+        with torch.no_grad(), model.hooks(fwd_hooks=looks):
+            _, own = model.run_with_cache(tokens, names_filter=list(sites))
         equal = {
             name: _equal(source.cache[name], own[name], len(SITES[patch.site].axes))
             for name, patch in sites.items()
@@ -41,6 +44,10 @@ def equality(
         }
         tests[number] = _test(equal)
     return tests
+
+
+def _look(activation: Tensor, hook: Any) -> None:
+    """A hook that only makes its place be passed."""
 
 
 def _equal(cached: Tensor, own: Tensor, n_axes: int) -> np.ndarray:

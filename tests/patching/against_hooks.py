@@ -169,9 +169,7 @@ def planned(
     def metric(logits: Tensor) -> Tensor:
         return logits[:, list(reads)].sum((1, 2))
 
-    return plan(
-        model, clean, corrupted, runs=runs, metric=metric, attention_mask=mask, **options
-    )
+    return plan(model, clean, corrupted, runs=runs, metric=metric, attention_mask=mask, **options)
 
 
 def wave_logits(query: SweepPlan) -> Tensor:
@@ -198,14 +196,14 @@ def wave_logits(query: SweepPlan) -> Tensor:
             counts[first:] -= torch.from_numpy(made.base_counts())[first:]
             for i, run in enumerate(chunk.runs):
                 branches = torch.from_numpy(use.branch_of[i])
-                own = torch.where(branches >= 0, branches + final.n_stems, torch.arange(frame.batch))
+                own = torch.where(
+                    branches >= 0, branches + final.n_stems, torch.arange(frame.batch)
+                )
                 rows = final.table[own][:, list(frame.needed)]
                 assert bool((rows >= 0).all())
                 found[run] = logits[rows]
     assert torch.equal(counts, torch.from_numpy(made.counts)), (counts, made.counts)
-    return torch.stack(
-        [found[first] if first in found else base for first in made.same_as]
-    )
+    return torch.stack([found[first] if first in found else base for first in made.same_as])
 
 
 def _masked(query: SweepPlan) -> dict[str, Tensor]:
@@ -216,9 +214,7 @@ def hooked_logits(query: SweepPlan) -> Tensor:
     """The same logits, one hooked forward a run."""
     with torch.no_grad():
         how = hooked_runs(query, query.runs)
-        return torch.stack(
-            [how.alone(run)[:, list(query.plan.frame.needed)] for run in query.runs]
-        )
+        return torch.stack([how.alone(run)[:, list(query.plan.frame.needed)] for run in query.runs])
 
 
 def gap_of(query: SweepPlan) -> float:

@@ -44,9 +44,7 @@ CACHES = {
 
 def some_of(draw, size):
     """None, or entries of an axis in any order."""
-    return draw(
-        st.none() | st.lists(st.integers(0, size - 1), min_size=1, max_size=3, unique=True)
-    )
+    return draw(st.none() | st.lists(st.integers(0, size - 1), min_size=1, max_size=3, unique=True))
 
 
 @st.composite
@@ -83,7 +81,9 @@ def made(arguments, name, batch):
 @given(data=st.data())
 def test_random_patch_sets(name, data):
     batch = data.draw(st.sampled_from([1, 2]))
-    drawn = data.draw(st.lists(st.lists(patches(name, batch), min_size=1, max_size=5), min_size=1, max_size=4))
+    drawn = data.draw(
+        st.lists(st.lists(patches(name, batch), min_size=1, max_size=5), min_size=1, max_size=4)
+    )
     runs = [[made(one, name, batch) for one in run] for run in drawn]
     assume(all(go_together(run) for run in runs))
     reads = data.draw(st.lists(st.integers(0, N_POS - 1), min_size=1, max_size=2, unique=True))
@@ -247,7 +247,10 @@ def test_a_hundred_patches_in_one_run():
     clean, corrupted = pairs(2, N_POS)
     run = [
         Patch(
-            *(rng.choice(("resid_pre", "q", "k", "v", "z", "mlp_post", "pattern")), rng.randrange(3)),
+            *(
+                rng.choice(("resid_pre", "q", "k", "v", "z", "mlp_post", "pattern")),
+                rng.randrange(3),
+            ),
             pos=rng.randrange(N_POS),
             source=rng.choice(("other", "zero", "mean", 0.5)),
             mode=rng.choice(MODES),
@@ -257,7 +260,9 @@ def test_a_hundred_patches_in_one_run():
     check(planned(model, clean, corrupted, [run, run[::-1]]))
 
 
-@pytest.mark.parametrize("site", ["resid_pre", "k", "z", "pattern", "result", "mlp_post", "q_input"])
+@pytest.mark.parametrize(
+    "site", ["resid_pre", "k", "z", "pattern", "result", "mlp_post", "q_input"]
+)
 def test_one_entry_patched_twice(site):
     model = MODELS["gpt2"]
     clean, corrupted = pairs(2, N_POS)

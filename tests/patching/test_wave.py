@@ -201,7 +201,11 @@ def test_null_and_dead_runs_are_the_base_run_to_the_bit(name, batch):
 def test_equal_runs_are_made_once_and_equal_to_the_bit():
     model = ours("gpt2")
     clean, corrupted = pairs(2, N_POS)
-    same = [Patch("resid_post", 0, pos=3), Patch("resid_pre", 1, pos=3), Patch("resid_pre", 1, pos=3)]
+    same = [
+        Patch("resid_post", 0, pos=3),
+        Patch("resid_pre", 1, pos=3),
+        Patch("resid_pre", 1, pos=3),
+    ]
     query = planned(model, clean, corrupted, same)
     assert query.plan.order == [0] and query.plan.same_as == [0, 0, 0]
     check(query)
