@@ -173,7 +173,7 @@ def planned(
 
 
 def wave_logits(query: SweepPlan) -> Tensor:
-    """Logits ``[run, batch, needed, d_vocab]``, by the wave; its work is held against the plan's."""
+    """Logits ``[run, batch, needed, d_vocab]`` by the wave; its work is held against the plan."""
     assert query.strategy.is_wave, query.strategy
     made, frame, model = query.plan, query.plan.frame, query.model
     wave = Wave(
@@ -203,7 +203,7 @@ def wave_logits(query: SweepPlan) -> Tensor:
                 assert bool((rows >= 0).all())
                 found[run] = logits[rows]
     assert torch.equal(counts, torch.from_numpy(made.counts)), (counts, made.counts)
-    return torch.stack([found[first] if first in found else base for first in made.same_as])
+    return torch.stack([found.get(first, base) for first in made.same_as])
 
 
 def _masked(query: SweepPlan) -> dict[str, Tensor]:

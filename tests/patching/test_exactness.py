@@ -275,7 +275,8 @@ def test_one_entry_patched_twice(site):
     more = Patch(site, 1, **where, source=noise, mode="add")
     zero = Patch(site, 1, pos=[3, 4], source="zero")
     runs = [[other], [other, half], [half, other], [other, more, half], [other, half, more],
-            [more, more], [half, half], [zero, other], [other, zero], [zero, more, zero]]  # fmt: skip
+            [more, more], [half, half], [zero, other], [other, zero],
+            [zero, more, zero]]  # fmt: skip
     logits = check(planned(model, clean, corrupted, runs))
     assert torch.allclose(logits[0], logits[2], atol=1e-12)
     for a, b in ((0, 1), (3, 4), (7, 8)):

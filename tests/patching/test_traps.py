@@ -37,7 +37,7 @@ def logits_of(model, runs, batch=2, n_pos=N_POS, **options):
 
 
 def furthest(a, b):
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 def noise(*shape, seed=0):
