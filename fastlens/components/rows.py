@@ -93,6 +93,7 @@ def finished_qkv(
     if clip is not None:
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
     if attn.cfg.positional_embedding_type == "rotary":
+        attn.grow_tables(int(positions.max()) + 1)
         cos, sin = attn.rotary_cos[positions][None], attn.rotary_sin[positions][None]
         if cos.dtype != q.dtype:
             cos, sin = cos.to(q.dtype), sin.to(q.dtype)
@@ -183,6 +184,17 @@ def logits_of(
 # -- whether these pieces stand for the model's modules ------------------------------------------
 
 
+# What our classes define, as it was when they were: a class, too, can have a method replaced.
+_DEFINED = {
+    (base, name): defined
+    for kind in _PLAIN
+    for base in kind.__mro__
+    if base.__module__.startswith("fastlens.")
+    for name, defined in vars(base).items()
+    if callable(defined) or isinstance(defined, property)
+}
+
+
 @functools.cache
 def _methods(kind: type) -> frozenset[str]:
     """Names that an instance of a class must not have of its own, or a method is replaced."""
@@ -194,6 +206,9 @@ def foreign_part(root: nn.Module) -> str | None:
 
     A parametrized module counts as ours: its leaves are read by name like any other.
     """
+    for (kind, name), defined in _DEFINED.items():
+        if vars(kind).get(name) is not defined:
+            return f"{kind.__name__}.{name} was replaced"
     waiting = list(_children("", root))
     while waiting:
         name, module = waiting.pop()

@@ -119,12 +119,7 @@ class Evaluator:
                     known = torch.full((), torch.nan)
                 gap = torch.full_like(known, torch.nan)
                 filled = [gap if value is None else value for value in one_by_one]
-                if any(value.shape != filled[0].shape for value in filled):
-                    raise MetricError(
-                        f"the metric {reading.name!r} returned a scalar for some runs and [batch] "
-                        f"for others. It must return one of them."
-                    )
-                values = torch.stack(filled)
+                values = reading.stacked(filled)
             found.append(Values(values[: len(stems)], values[len(stems) :]))
         return found, sorted(again)
 

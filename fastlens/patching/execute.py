@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlens.errors import MetricError, SweepError
+from fastlens.errors import SweepError
 from fastlens.patching.evaluate import BASE_RUN, Evaluator, Values
 from fastlens.patching.folder import SweepFolder
 from fastlens.patching.hooked import HookedRuns, places_of
@@ -96,13 +96,10 @@ class _Execution:
             assert none_left == []
             self._fill(full, again)
         self._fill(query, range(len(query.runs)))
-        found = [[v for v in per_run if v is not None] for per_run in self.values]
-        for reading, per_run, stems in zip(query.readings, found, self.stems, strict=True):
-            if any(value.shape != stems[0].shape for value in per_run):
-                raise MetricError(
-                    f"the metric {reading.name!r} returned a scalar for some runs and [batch] for "
-                    f"others. It must return one of them."
-                )
+        found = [
+            reading.stacked([stems[0], *(v for v in per_run if v is not None)])[1:]
+            for reading, stems, per_run in zip(query.readings, self.stems, self.values, strict=True)
+        ]
         base = [stems[0] for stems in self.stems]
         other = [stems[-1] for stems in self.stems]
         return Outcome(found, base, other, {})
@@ -202,15 +199,10 @@ class _Forwards:
                 for i, one in zip(numbers, logits, strict=True):
                     values[i] = self._read(one, names[i])
         in_order = [values[i] for i in range(len(runs))]
-        found = []
-        for m, stems in enumerate(self.stems):
-            per_run = [one[m] for one in in_order]
-            if any(value.shape != stems.shape[1:] for value in per_run):
-                raise MetricError(
-                    f"the metric {query.readings[m].name!r} returned a scalar for some runs and "
-                    f"[batch] for others. It must return one of them."
-                )
-            found.append(Values(stems, torch.stack(per_run)))
+        found = [
+            Values(stems, reading.stacked([stems[0], *(one[m] for one in in_order)])[1:])
+            for m, (stems, reading) in enumerate(zip(self.stems, self.readings, strict=True))
+        ]
         return found, []
 
     def _read(self, logits: Tensor, name: str) -> list[Tensor]:

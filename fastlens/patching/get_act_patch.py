@@ -184,7 +184,7 @@ def generic_activation_patch(
     )
     metric = _scalar(patching_metric, model)
     clean = {name: _clean_activation(clean_cache, name) for name in indices.hook_names.values()}
-    runs = _runs(corrupted_tokens, patch_setter, indices, clean)
+    runs = _runs(corrupted_tokens, patch_setter, indices, clean, clean_cache)
     if runs is None:
         values = _one_by_one(model, corrupted_tokens, patch_setter, indices, clean, metric)
     else:
@@ -215,7 +215,11 @@ def _clean_activation(clean_cache: CleanCache, name: str) -> Tensor:
 
 
 def _runs(
-    tokens: Tensor, setter: PatchSetter, indices: Indices, clean: Mapping[str, Tensor]
+    tokens: Tensor,
+    setter: PatchSetter,
+    indices: Indices,
+    clean: Mapping[str, Tensor],
+    clean_cache: CleanCache,
 ) -> list[list[Any]] | None:
     """One patch per row, or None if the engine does not know setter, activation or index."""
     selection = selection_of(setter)
@@ -242,7 +246,10 @@ def _runs(
         return None
     from fastlens.patching.patch import Patch
 
-    source = {name: _like_tokens(found[name], name, clean[name], tokens) for name in clean}
+    # The other entries say what was looked at when the cache was made: `fastlens.patching.equal`.
+    names = getattr(clean_cache, "keys", tuple)()
+    source = {name: clean_cache[name] for name in names}
+    source |= {name: _like_tokens(found[name], name, clean[name], tokens) for name in clean}
     runs = []
     for row in indices.rows:
         name = indices.hook_names[row[0]]
@@ -369,96 +376,42 @@ def _scalar(metric: PatchingMetric, model: PatchableModel) -> Callable[[Any], Fl
 
 # -- TransformerLens' names ----------------------------------------------------------------------
 
-get_act_patch_resid_pre = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_patch_setter,
-    activation_name="resid_pre",
-    index_axis_names=("layer", "pos"),
+_AXES_OF_SETTER = {
+    layer_pos_patch_setter: ("layer", "pos"),
+    layer_pos_head_vector_patch_setter: ("layer", "pos", "head"),
+    layer_head_vector_patch_setter: ("layer", "head"),
+    layer_head_pattern_patch_setter: ("layer", "head_index"),
+    layer_head_pos_pattern_patch_setter: ("layer", "head_index", "dest_pos"),
+    layer_head_dest_src_pos_pattern_patch_setter: ("layer", "head_index", "dest_pos", "src_pos"),
+}
+
+
+def _sweep_of(activation_name: str, patch_setter: Callable[..., Any]) -> Any:
+    return partial(
+        generic_activation_patch,
+        patch_setter=patch_setter,
+        activation_name=activation_name,
+        index_axis_names=_AXES_OF_SETTER[patch_setter],
+    )
+
+
+get_act_patch_resid_pre = _sweep_of("resid_pre", layer_pos_patch_setter)
+get_act_patch_resid_mid = _sweep_of("resid_mid", layer_pos_patch_setter)
+get_act_patch_attn_out = _sweep_of("attn_out", layer_pos_patch_setter)
+get_act_patch_mlp_out = _sweep_of("mlp_out", layer_pos_patch_setter)
+get_act_patch_attn_head_out_by_pos = _sweep_of("z", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_q_by_pos = _sweep_of("q", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_k_by_pos = _sweep_of("k", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_v_by_pos = _sweep_of("v", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_pattern_by_pos = _sweep_of("pattern", layer_head_pos_pattern_patch_setter)
+get_act_patch_attn_head_pattern_dest_src_pos = _sweep_of(
+    "pattern", layer_head_dest_src_pos_pattern_patch_setter
 )
-get_act_patch_resid_mid = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_patch_setter,
-    activation_name="resid_mid",
-    index_axis_names=("layer", "pos"),
-)
-get_act_patch_attn_out = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_patch_setter,
-    activation_name="attn_out",
-    index_axis_names=("layer", "pos"),
-)
-get_act_patch_mlp_out = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_patch_setter,
-    activation_name="mlp_out",
-    index_axis_names=("layer", "pos"),
-)
-get_act_patch_attn_head_out_by_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_head_vector_patch_setter,
-    activation_name="z",
-    index_axis_names=("layer", "pos", "head"),
-)
-get_act_patch_attn_head_q_by_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_head_vector_patch_setter,
-    activation_name="q",
-    index_axis_names=("layer", "pos", "head"),
-)
-get_act_patch_attn_head_k_by_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_head_vector_patch_setter,
-    activation_name="k",
-    index_axis_names=("layer", "pos", "head"),
-)
-get_act_patch_attn_head_v_by_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_pos_head_vector_patch_setter,
-    activation_name="v",
-    index_axis_names=("layer", "pos", "head"),
-)
-get_act_patch_attn_head_pattern_by_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_head_pos_pattern_patch_setter,
-    activation_name="pattern",
-    index_axis_names=("layer", "head_index", "dest_pos"),
-)
-get_act_patch_attn_head_pattern_dest_src_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_head_dest_src_pos_pattern_patch_setter,
-    activation_name="pattern",
-    index_axis_names=("layer", "head_index", "dest_pos", "src_pos"),
-)
-get_act_patch_attn_head_out_all_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_head_vector_patch_setter,
-    activation_name="z",
-    index_axis_names=("layer", "head"),
-)
-get_act_patch_attn_head_q_all_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_head_vector_patch_setter,
-    activation_name="q",
-    index_axis_names=("layer", "head"),
-)
-get_act_patch_attn_head_k_all_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_head_vector_patch_setter,
-    activation_name="k",
-    index_axis_names=("layer", "head"),
-)
-get_act_patch_attn_head_v_all_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_head_vector_patch_setter,
-    activation_name="v",
-    index_axis_names=("layer", "head"),
-)
-get_act_patch_attn_head_pattern_all_pos = partial(
-    generic_activation_patch,
-    patch_setter=layer_head_pattern_patch_setter,
-    activation_name="pattern",
-    index_axis_names=("layer", "head_index"),
-)
+get_act_patch_attn_head_out_all_pos = _sweep_of("z", layer_head_vector_patch_setter)
+get_act_patch_attn_head_q_all_pos = _sweep_of("q", layer_head_vector_patch_setter)
+get_act_patch_attn_head_k_all_pos = _sweep_of("k", layer_head_vector_patch_setter)
+get_act_patch_attn_head_v_all_pos = _sweep_of("v", layer_head_vector_patch_setter)
+get_act_patch_attn_head_pattern_all_pos = _sweep_of("pattern", layer_head_pattern_patch_setter)
 
 
 def _describe(*functions: partial[Any]) -> None:
@@ -556,7 +509,7 @@ def _every(
         )
         indices = indices_of(model, tokens.shape[-1], activation_name, axes)
         clean = {name: _clean_activation(clean_cache, name) for name in indices.hook_names.values()}
-        planned = _runs(tokens, setter, indices, clean)
+        planned = _runs(tokens, setter, indices, clean, clean_cache)
         assert planned is not None
         found.append(indices)
         runs += planned

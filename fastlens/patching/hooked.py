@@ -15,7 +15,6 @@ from torch import Tensor
 from fastlens.errors import SweepError
 from fastlens.patching.model import PatchableModel
 from fastlens.patching.runs import PlannedPatch, Run
-from fastlens.patching.sites import SITES
 from fastlens.patching.sources import Source, applied
 
 # Activations of one stacked forward.
@@ -209,8 +208,3 @@ def places_of(runs: Sequence[Run], sources: Sequence[Source]) -> list[str]:
         patch.hook_name for run in runs for patch in run.patches if sources[patch.value].reads_other
     }
     return sorted(names)
-
-
-def axes_of(patch: PlannedPatch) -> tuple[str, ...]:
-    """The axes a patch selects along."""
-    return SITES[patch.site].axes

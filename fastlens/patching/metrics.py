@@ -328,6 +328,18 @@ class Reading:
                 f"return a scalar or [batch] = [{self.batch}]. Reduce the other axes in it."
             )
 
+    def stacked(self, values: Sequence[Tensor]) -> Shaped[Tensor, "run ..."]:
+        """Values of several runs as one tensor.
+
+        Raises: MetricError if some are scalars and others ``[batch]``.
+        """
+        if any(value.shape != values[0].shape for value in values):
+            raise MetricError(
+                f"the metric {self.name!r} returned a scalar for some runs and [batch] for others. "
+                f"It must return one of them."
+            )
+        return torch.stack(list(values))
+
     def refuse_nan(self, values: Float[Tensor, "run batch"], runs: Sequence[str]) -> None:
         """Raises: MetricError naming the first run whose value is NaN."""
         wrong = values.isnan().any(1).nonzero()

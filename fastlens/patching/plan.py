@@ -359,6 +359,18 @@ class Plan:
                     total += profile.counts
         return total
 
+    def total_counts(self) -> np.ndarray:
+        """All that runs: every chunk brings the base rows along, from its first layer on; for
+        several chunks the base rows go once by themselves up to the last layer before."""
+        base = self.base_counts()
+        if len(self.chunks) < 2:
+            return self.counts + base
+        total = self.counts.copy()
+        total[:-1] += base[:-1]
+        for chunk in self.chunks:
+            total[chunk.first_layer :] += base[chunk.first_layer :]
+        return total
+
     def flops(self, counts: np.ndarray) -> np.ndarray:
         """Floating-point operations of each layer: two a multiply-add of every product."""
         f = self.frame

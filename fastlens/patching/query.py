@@ -38,10 +38,11 @@ class SweepPlan:
         strategy: How the runs are made, and why not a better way.
         plan: Which runs are computed, in what order, and what it costs; of the wave.
         stem: Both prompts at the embedding.
+        first_difference: Where the pairs differ first; the prompts' length where they do not.
         memory: Bytes that may be taken.
         seed: Of what is drawn at random.
-        normalize: Whether each metric is reported as a fraction of its gap.
         record: Prompts and options as they are kept with the scores.
+        is_several: Whether metrics were given as a list or dict.
         has_other: Whether the other prompt is run.
         gradients: Whether the scores keep their graph.
     """
@@ -56,6 +57,7 @@ class SweepPlan:
     strategy: Strategy
     plan: Plan
     stem: Stem
+    first_difference: list[int]
     memory: int
     seed: int
     record: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class SweepPlan:
         frame = self.plan.frame
         n_pos = self.prompts.n_pos
         full = frame_of(
-            *(self.model, self._first_difference(), range(n_pos), self.model.cfg.d_vocab_out),
+            *(self.model, self.first_difference, range(n_pos), self.model.cfg.d_vocab_out),
             n_pos,
             has_source=frame.has_source,
             keeps_later=True,
@@ -98,9 +100,6 @@ class SweepPlan:
             wants=keeping_all(self.wants),
             plan=plan,
         )
-
-    def _first_difference(self) -> list[int]:
-        return stem_of(self.model, self.base, self.other, self.prompts.mask)[1]
 
     def summary(self) -> dict[str, Any]:
         """Numbers of the plan, as they are kept with the scores."""
@@ -119,7 +118,7 @@ class SweepPlan:
             summary["because"] = self.strategy.because
         if not self.strategy.is_wave:
             return summary | {"computed": len(self.runs), "null": 0, "dead": 0, "same": 0}
-        total = plan.counts + plan.base_counts()
+        total = plan.total_counts()
         return summary | {
             "chunks": len(plan.chunks),
             "rows": {name: int(n) for name, n in zip(COUNTED, total.sum(0), strict=True)},
@@ -130,7 +129,8 @@ class SweepPlan:
     def unembed_flops(self) -> int:
         """Of the logits that are read."""
         frame = self.plan.frame
-        rows = (len(self.plan.order) + 2) * frame.batch * len(frame.needed)
+        stems = (1 + self.has_other) * max(1, len(self.plan.chunks))
+        rows = (len(self.plan.order) + stems) * frame.batch * len(frame.needed)
         return 2 * frame.d_model * frame.columns * rows
 
     def explain(self) -> str:
@@ -169,7 +169,7 @@ def explained(query: SweepPlan) -> str:
         lines.append(f"first difference of the pairs: position {shown}")
     read = "all" if len(frame.needed) == query.prompts.n_pos else ", ".join(map(str, frame.needed))
     lines.append(f"logits read: positions {read}; up to {frame.columns:,} vocabulary columns")
-    total = plan.counts + plan.base_counts()
+    total = plan.total_counts()
     lines.append("layer  joins  rows in attention  rows in MLP  GFLOP")
     joins = [0] * frame.n_layers
     for layer in plan.entries:
@@ -318,7 +318,7 @@ def framed(
     else:
         made = unplanned(frame, grid.runs)
     return SweepPlan(
-        *(model, prompts, grid, sources, readings, wants, direction, strategy, made, stem),
+        *(model, prompts, grid, sources, readings, wants, direction, strategy, made, stem, first),
         memory=allowed,
         seed=seed,
         record=record or {},

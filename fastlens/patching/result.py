@@ -26,12 +26,12 @@ class Outcome:
     """Plain (not normalised) values, and how they were come by.
 
     Attributes:
-        values: Metric -> run -> value, 0-d or ``[batch]``.
+        values: Metric -> values ``[run]`` or ``[run, batch]``.
         base, other: Metric -> value of the base run and of the other prompt's.
         certificate: How runs were checked.
     """
 
-    values: list[list[Tensor]]
+    values: list[Tensor]
     base: list[Tensor]
     other: list[Tensor]
     certificate: dict[str, Any]
@@ -91,7 +91,7 @@ def scores_of(query: SweepPlan, outcome: Outcome) -> Scores:
 def _one_metric(query: SweepPlan, outcome: Outcome, metric: int) -> Scores:
     reading, grid = query.readings[metric], query.grid
     clean_values, corrupted_values = outcome.clean_and_corrupted(query, metric)
-    values = torch.stack([value.double() for value in outcome.values[metric]])
+    values = outcome.values[metric].double()
     clean, corrupted = (float(x.detach().double().mean()) for x in (clean_values, corrupted_values))
     reference = corrupted if query.direction == "denoising" else clean
     baselines = {"clean": clean, "corrupted": corrupted}

@@ -118,6 +118,8 @@ def _table() -> dict[str, Site]:
 
 
 SITES = _table()
+# Sites that change keys or values of the rows they patch, and so every row that sees those.
+CHANGING_KEYS = tuple(name for name, site in SITES.items() if site.reach in ("key", "both"))
 ALIASES = {
     "pre": "mlp_pre",
     "pre_linear": "mlp_pre_linear",

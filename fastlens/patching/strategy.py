@@ -14,6 +14,7 @@ STACKED = "stacked forwards"
 ALONE = "one forward per run"
 # Methods that say what the model computes; a subclass or an instance may have replaced one.
 _METHODS = ("__call__", "forward", "input_to_embed", "get_residual")
+_OURS = {method: vars(HookedTransformer).get(method) for method in _METHODS}
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ def _foreign(model: nn.Module) -> str | None:
     if not isinstance(model, HookedTransformer):
         return f"the model is a {type(model).__name__} of another library"
     for method in _METHODS:
-        ours = getattr(HookedTransformer, method)
-        if getattr(type(model), method) is not ours or method in vars(model):
+        is_ours = getattr(type(model), method) is getattr(HookedTransformer, method)
+        # On our own class, too, someone may have put another.
+        is_ours = is_ours and vars(HookedTransformer).get(method) is _OURS[method]
+        if not is_ours or method in vars(model):
             return f"{type(model).__name__}.{method} was replaced"
     odd = foreign_part(model)
     if odd is not None:

@@ -21,7 +21,7 @@ from fastlens.kernels.reference import score_rows
 from fastlens.ops.attention import attention
 from fastlens.patching.pack import Pack, Span, regrouped, spans_of
 from fastlens.patching.plan import Frame
-from fastlens.patching.sites import SITES
+from fastlens.patching.sites import CHANGING_KEYS, SITES
 from fastlens.patching.sources import Source, applied
 from fastlens.patching.uses import ChunkUse, Entries
 
@@ -292,7 +292,7 @@ class WaveLayer:
         changed key or value."""
         pack = self.pack
         changed_keys = in_stream.clone()
-        for site in ("attn_in", "k_input", "v_input", "k", "v", "rot_k"):
+        for site in CHANGING_KEYS:
             for entries in self._entries(site):
                 branch, pos, _ = self._place(entries)
                 changed_keys[branch, pos] = True

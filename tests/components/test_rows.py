@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
+from fastlens.components.attention import AbstractAttention
 from fastlens.components.norms import LayerNorm
 from fastlens.components.rows import (
     finished_qkv,
@@ -328,3 +329,20 @@ def test_what_stands_inside_a_parametrized_module_is_looked_at():
     parametrize.register_parametrization(model.blocks[0].attn, "W_O", Doubled())
     model.blocks[0].attn.hook_z = Mine()
     assert foreign_part(model) == "blocks.0.attn.hook_z is a Mine"
+
+
+def test_a_method_replaced_on_one_of_our_classes_is_seen(monkeypatch):
+    model = ours("gpt2")
+    assert foreign_part(model) is None
+    monkeypatch.setattr(type(model.blocks[0].mlp), "forward", lambda self, x: x)
+    assert foreign_part(model) == "MLP.forward was replaced"
+
+
+def test_rotary_tables_grow_with_the_longest_row(monkeypatch):
+    monkeypatch.setattr(AbstractAttention, "ROTARY_INITIAL_CACHE_SIZE", 4)
+    attn = ours("llama").blocks[0].attn
+    assert attn.rotary_cos.shape[0] == 4
+    q, k, v = (torch.randn(2, n, 8) for n in (4, 2, 2))
+    turned = finished_qkv(attn, q, k, v, torch.tensor([1, 9]))
+    again = finished_qkv(ours("llama").blocks[0].attn, q, k, v, torch.tensor([1, 9]))
+    assert torch.equal(turned[0], again[0]) and attn.rotary_cos.shape[0] >= 10

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.peers.smollm2 import hugging_face_twin
 from fastlens import HookedTransformer
 from tests.smollm2 import smollm2
 
@@ -43,37 +44,8 @@ def test_random_tokens_are_foretold_the_second_time(model):
 
 
 def test_logits_equal_hugging_face_on_the_same_weights(model):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    cfg = model.cfg
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=cfg.d_model,
-            num_hidden_layers=cfg.n_layers,
-            num_attention_heads=cfg.n_heads,
-            num_key_value_heads=cfg.n_key_value_heads,
-            intermediate_size=cfg.d_mlp,
-            vocab_size=cfg.d_vocab,
-            max_position_embeddings=cfg.n_ctx,
-            rms_norm_eps=cfg.eps,
-            rope_parameters={"rope_theta": float(cfg.rotary_base), "rope_type": "default"},
-        )
-    ).eval()
+    theirs = hugging_face_twin(model)
     with torch.no_grad():
-        theirs.model.embed_tokens.weight.copy_(model.W_E)
-        theirs.lm_head.weight.copy_(model.W_U.T)
-        theirs.model.norm.weight.copy_(model.ln_final.w)
-        for block, layer in zip(model.blocks, theirs.model.layers, strict=True):
-            attn = block.attn
-            for name, w in (("q", attn.W_Q), ("k", attn._W_K), ("v", attn._W_V)):
-                weight = getattr(layer.self_attn, f"{name}_proj").weight
-                weight.copy_(w.transpose(1, 2).reshape(weight.shape))
-            layer.self_attn.o_proj.weight.copy_(attn.W_O.flatten(0, 1).T)
-            layer.mlp.gate_proj.weight.copy_(block.mlp.W_gate.T)
-            layer.mlp.up_proj.weight.copy_(block.mlp.W_in.T)
-            layer.mlp.down_proj.weight.copy_(block.mlp.W_out.T)
-            layer.input_layernorm.weight.copy_(block.ln1.w)
-            layer.post_attention_layernorm.weight.copy_(block.ln2.w)
         for text in (EIFFEL, IOI):
             tokens = model.to_tokens(text, prepend_bos=False)
             want, got = theirs(tokens).logits, model(tokens)

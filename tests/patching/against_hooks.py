@@ -182,6 +182,7 @@ def wave_logits(query: SweepPlan) -> Tensor:
     )
     found: dict[int, Tensor] = {}
     counts = torch.zeros(frame.n_layers, len(COUNTED), dtype=torch.long)
+    executed = torch.zeros_like(counts)
     with torch.no_grad():
         base = model(query.base, **_masked(query))[:, list(frame.needed)]
         for chunk in made.chunks:
@@ -192,6 +193,7 @@ def wave_logits(query: SweepPlan) -> Tensor:
                 x = normalized(model.ln_final, x)
             logits = logits_of(model.unembed, x, None)
             first = chunk.first_layer if wave.keep_streams else 0
+            executed += final.counts
             counts += final.counts
             counts[first:] -= torch.from_numpy(made.base_counts())[first:]
             for i, run in enumerate(chunk.runs):
@@ -203,6 +205,11 @@ def wave_logits(query: SweepPlan) -> Tensor:
                 assert bool((rows >= 0).all())
                 found[run] = logits[rows]
     assert torch.equal(counts, torch.from_numpy(made.counts)), (counts, made.counts)
+    if len(made.chunks) > 1:
+        # The stems' own pass, in front of the chunks.
+        executed[:-1] += torch.from_numpy(made.base_counts())[:-1]
+    if made.chunks:
+        assert torch.equal(executed, torch.from_numpy(made.total_counts()))
     return torch.stack([found.get(first, base) for first in made.same_as])
 
 

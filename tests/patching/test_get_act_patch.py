@@ -345,7 +345,8 @@ def test_one_call_and_one_source(engine):
     ]
     sources = {id(patch.source): patch.source for patch in engine.patches}
     [source] = sources.values()
-    assert set(source) == {f"blocks.{layer}.hook_resid_pre" for layer in range(2)}
+    # The rest of the cache too: it says how the clean prompts were run.
+    assert set(source) == set(cache.keys())
     for name, activation in source.items():
         assert activation.data_ptr() == cache[name].data_ptr()
 
@@ -689,3 +690,21 @@ def test_without_pandas(either, monkeypatch):
     assert values.shape == (2, POS)
     with pytest.raises(ImportError, match="pip install pandas"):
         get_act_patch.get_act_patch_attn_out(model, corrupted, cache, metric, return_index_df=True)
+
+
+def test_positions_before_the_first_difference_are_skipped(monkeypatch):
+    """Equal bits are found only if the prompts are run as the cache was made: whole, here."""
+    model, clean = ours("gpt2"), prompts(1, 6)
+    corrupted = clean.clone()
+    corrupted[:, 4] = (corrupted[:, 4] + 5) % 50
+    _, cache = model.run_with_cache(clean)
+    plans = []
+    execute = ENGINE.execute
+
+    def watched(query, **options):
+        plans.append(query.plan)
+        return execute(query, **options)
+
+    monkeypatch.setattr(ENGINE, "execute", watched)
+    get_act_patch.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits[0, -1, 3])
+    assert len(plans[0].order) == 2 * model.cfg.n_layers - 1

@@ -134,7 +134,7 @@ def test_infinite_metrics_have_no_fractions_and_nan_is_named():
 
 def outcome_of(query, value, base=1.0):
     n = len(query.runs)
-    values = [[torch.full((3,), value)] * n]
+    values = [torch.full((n, 3), value)]
     stems = torch.full((3,), base), torch.full((3,), base + 2.0)
     return Outcome(values, [stems[0]], [stems[1]], {})
 

@@ -387,3 +387,12 @@ def test_another_library():
     found = strategy_of(theirs("gpt2"))
     assert found.name == STACKED
     assert re.search("a HookedTransformer of another library", found.because)
+
+
+@pytest.mark.parametrize("method", ["forward", "get_residual"])
+def test_a_method_replaced_on_the_class_itself(monkeypatch, method):
+    model = ours("gpt2")
+    before = getattr(HookedTransformer, method)
+    monkeypatch.setattr(HookedTransformer, method, lambda *a, **k: before(*a, **k))
+    found = strategy_of(model)
+    assert found.name == "stacked forwards" and f"{method} was replaced" in found.because
