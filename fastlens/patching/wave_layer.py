@@ -396,7 +396,8 @@ class WaveLayer:
         self._join("attn_out")
         self._patch("attn_out", self.rows["attn_out"].unsqueeze(1))
         if not self.frame.is_parallel:
-            self.rows["x"] = self.rows["x"] + self.rows.pop("attn_out")
+            # Attention gathered these rows, so nobody else holds them.
+            self.rows["x"].add_(self.rows.pop("attn_out"))
             self._join("resid_mid")
             self._patch("resid_mid", self.rows["x"].unsqueeze(1))
 
@@ -431,9 +432,13 @@ class WaveLayer:
         if self.frame.is_parallel:
             computed = in_stream[pack.branch, pack.pos] | patched
         self.counts[3] = int(computed.sum())
-        out = torch.empty_like(x)
         hidden = self.frame.d_mlp * (2 + self.frame.is_gated) * x.element_size()
         size = max(64, HIDDEN_BYTES // hidden)
+        if not (self.frame.is_parallel or self._entries("mlp_out") or bool(patched.any())):
+            for rows in x.split(size):
+                rows.add_(self._mlp_rows(rows, None, False))
+            return
+        out = torch.empty_like(x)
         if len(pack) <= size and bool(computed.all()):
             out = self._mlp_rows(x, None, bool(patched.any()))
         else:
