@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from fastlens.factored_matrix import FactoredMatrix as FactoredMatrix
     from fastlens.hooks.point import HookPoint as HookPoint
     from fastlens.hooks.root import HookedRootModule as HookedRootModule
+    from fastlens.model.bert_next_sentence_prediction import (
+        BertNextSentencePrediction as BertNextSentencePrediction,
+    )
+    from fastlens.model.hooked_encoder import HookedEncoder as HookedEncoder
+    from fastlens.model.hooked_encoder_decoder import HookedEncoderDecoder as HookedEncoderDecoder
+    from fastlens.model.hooked_module import HookedModule as HookedModule
     from fastlens.model.hooked_transformer import HookedTransformer as HookedTransformer
     from fastlens.scores import Scores as Scores
 
@@ -22,8 +28,12 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Loaded at first use, so that `import fastlens` stays light.
 _HOME = {
     "ActivationCache": "fastlens.cache",
+    "BertNextSentencePrediction": "fastlens.model.bert_next_sentence_prediction",
     "FactoredMatrix": "fastlens.factored_matrix",
     "HookPoint": "fastlens.hooks.point",
+    "HookedEncoder": "fastlens.model.hooked_encoder",
+    "HookedEncoderDecoder": "fastlens.model.hooked_encoder_decoder",
+    "HookedModule": "fastlens.model.hooked_module",
     "HookedRootModule": "fastlens.hooks.root",
     "HookedTransformer": "fastlens.model.hooked_transformer",
     "HookedTransformerConfig": "fastlens.config",
@@ -35,8 +45,12 @@ _HOME = {
 
 __all__ = [
     "ActivationCache",
+    "BertNextSentencePrediction",
     "FactoredMatrix",
     "HookPoint",
+    "HookedEncoder",
+    "HookedEncoderDecoder",
+    "HookedModule",
     "HookedRootModule",
     "HookedTransformer",
     "HookedTransformerConfig",

@@ -9,11 +9,12 @@ from typing import Any, Union
 import numpy as np
 import torch
 
+from fastlens.devices import get_device
 from fastlens.errors import ConfigError, did_you_mean
 
 ACTIVATIONS = (
     "relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "solu", "solu_ln",
-    "xielu",
+    "xielu", "relu2",
 )  # fmt: skip
 NORMS = (None, "LN", "LNPre", "RMS", "RMSPre")
 POSITIONS = ("standard", "rotary", "shortformer", "alibi", "relative_positional_bias")
@@ -154,7 +155,7 @@ class HookedTransformerConfig:
         if self.use_attn_scale and self.attn_scale == -1.0:
             self.attn_scale = float(np.sqrt(self.d_head))
         if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = get_device()
         self.n_params = self.n_layers * self.d_model * self.d_head * self.n_heads * 4
         if not self.attn_only:
             mlp = self.d_model * self.d_mlp * (2 + self.gated_mlp)

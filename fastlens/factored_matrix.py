@@ -308,6 +308,36 @@ class FactoredMatrix:
         return f"FactoredMatrix: Shape({self.shape}), Hidden Dim({self.mdim})"
 
 
+def composition_scores(
+    left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True
+) -> Float[Tensor, "..."]:
+    """How much of what ``left`` writes ``right`` reads: ``|left @ right| / (|left| |right|)``.
+
+    Frobenius norms; from 0 to 1 (Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Circuits"). Cost: one product of the inner axes for every pair.
+
+    Args:
+        broadcast_dims: Every matrix of ``left`` with every one of ``right``: the leading axes of
+            both, one after the other. False takes the leading axes to be the same.
+
+    Raises: ShapeError unless ``left.rdim == right.ldim``.
+    """
+    if left.rdim != right.ldim:
+        raise ShapeError(
+            f"left writes {left.rdim} numbers, right reads {right.ldim}: {tuple(left.shape)} meets "
+            f"{tuple(right.shape)}."
+        )
+    if broadcast_dims:
+        left_axes, right_axes = left.ndim - 2, right.ndim - 2
+        for _ in range(left_axes):
+            right = right.unsqueeze(0)
+        for axis in range(right_axes):
+            left = left.unsqueeze(left_axes + axis)
+    # Same norm as the whole product, but mdim x mdim a pair.
+    product = left.collapse_l() @ right.collapse_r()
+    return product.norm(dim=(-2, -1)) / left.norm() / right.norm()
+
+
 def _at_least_32_bits(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

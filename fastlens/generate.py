@@ -1,7 +1,8 @@
 """Generate tokens with any step function: the loop, sampling and stopping. No model here."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,8 +31,18 @@ class Generated:
     logits: tuple[Tensor, ...] | None = None
 
 
+@dataclass
+class Made:
+    """What one step made: a token of every row, and whether every row has stopped by now."""
+
+    tokens: Int[Tensor, " batch"]
+    stopped: bool
+    logits: Float[Tensor, "batch d_vocab"]
+
+
+# As a decorator, no_grad is off while the generator waits: the caller's own mode holds there.
 @torch.no_grad()
-def generate_tokens(
+def stream_tokens(
     step: Step,
     batch_size: int,
     max_new_tokens: int,
@@ -41,9 +52,8 @@ def generate_tokens(
     stop: Stop | None = None,
     prompt: Int[Tensor, "batch pos"] | None = None,
     prompt_mask: Int[Tensor, "batch pos"] | None = None,
-    keep_logits: bool = False,
     verbose: bool = False,
-) -> Generated:
+) -> Generator[Made, None, None]:
     """Call ``step`` and choose a token, until every row has stopped or ``max_new_tokens`` are made.
 
     Args:
@@ -53,31 +63,50 @@ def generate_tokens(
             once whether all rows have stopped.
         prompt, prompt_mask: What the penalties of ``sampling`` count, padding left out. Without a
             prompt they count the new tokens only.
-        keep_logits: Keep ``[batch, d_vocab]`` logits of every step.
         verbose: Show a progress bar.
     """
     sampling = sampling or Sampling()
-    made = torch.empty(batch_size, max_new_tokens, dtype=torch.long, device=device)
     finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
     ends = None if stop is None else torch.tensor(list(stop.tokens), device=device)
-    kept: list[Tensor] = []
-    counts, tokens, n_made, stopped = None, None, 0, False
-    for index in _counter(max_new_tokens, verbose):
+    counts, tokens, stopped = None, None, False
+    for _ in _counter(max_new_tokens, verbose):
         logits = step(tokens)
-        if keep_logits:
-            kept.append(logits.clone())
         if sampling.needs_counts:
             counts = _count(counts, tokens, logits, prompt, prompt_mask)
         tokens = sampling.choose(logits, counts).to(device)
         if ends is not None and stop is not None:
             tokens = tokens.masked_fill(finished, stop.filler)
             finished |= torch.isin(tokens, ends)
-        made[:, index] = tokens
-        n_made = index + 1
-        stopped = ends is not None and bool(finished.all())
+            stopped = bool(finished.all())
+        yield Made(tokens, stopped, logits)
         if stopped:
-            break
-    return Generated(made[:, :n_made], stopped, tuple(kept) if keep_logits else None)
+            return
+
+
+def generate_tokens(
+    step: Step,
+    batch_size: int,
+    max_new_tokens: int,
+    *,
+    device: torch.device | str,
+    keep_logits: bool = False,
+    **options: Any,
+) -> Generated:
+    """All tokens that `stream_tokens` makes, which also says what ``options`` there are.
+
+    Args:
+        keep_logits: Keep ``[batch, d_vocab]`` logits of every step.
+    """
+    new = torch.empty(batch_size, max_new_tokens, dtype=torch.long, device=device)
+    kept: list[Tensor] = []
+    n_made, stopped = 0, False
+    for made in stream_tokens(step, batch_size, max_new_tokens, device=device, **options):
+        new[:, n_made] = made.tokens
+        n_made, stopped = n_made + 1, made.stopped
+        if keep_logits:
+            # A step may use its memory again.
+            kept.append(made.logits.clone())
+    return Generated(new[:, :n_made], stopped, tuple(kept) if keep_logits else None)
 
 
 def _count(

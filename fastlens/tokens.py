@@ -336,6 +336,16 @@ def lm_cross_entropy_loss(
     return (losses.sum(dtype=wide) / counted.sum()).to(losses.dtype)
 
 
+def lm_accuracy(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    per_token: bool = False,
+) -> Float[Tensor, ""] | Bool[Tensor, "batch pos_less_one"]:
+    """The fraction of next tokens that have the largest logit, or whether each one has."""
+    hits = logits[:, :-1].argmax(-1) == tokens[:, 1:]
+    return hits if per_token else hits.sum() / hits.numel()
+
+
 def _row_losses(
     logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"]
 ) -> Float[Tensor, " row"]:

@@ -25,6 +25,9 @@ MAX_CODE_LINES = 450
 TESTED_ELSEWHERE: dict[str, str] = {
     "fastlens/__init__.py": "tests/test_architecture.py",  # public names and import cost
     "fastlens/__main__.py": "tests/cli/test_cli.py",  # run as a process
+    "fastlens/compat/__main__.py": "tests/compat/test_finder.py",  # run as a process
+    "fastlens/compat/missing.py": "tests/compat/test_surface.py",
+    "fastlens/compat/names.py": "tests/compat/test_surface.py",
     "fastlens/patching/wave_layer.py": "tests/patching/test_wave.py",  # one layer of a wave
     "fastlens/kernels/kernel.py": "tests/kernels/test_kernels.py",  # a record, used by every test
 }
@@ -34,8 +37,12 @@ KERNEL_TESTS = "tests/kernels/test_kernels.py"
 # What `fastlens.__all__` is. A change here changes the public interface: say it in CHANGELOG.
 PUBLIC_NAMES = [
     "ActivationCache",
+    "BertNextSentencePrediction",
     "FactoredMatrix",
     "HookPoint",
+    "HookedEncoder",
+    "HookedEncoderDecoder",
+    "HookedModule",
     "HookedRootModule",
     "HookedTransformer",
     "HookedTransformerConfig",

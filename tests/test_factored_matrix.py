@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastlens.errors import ShapeError
-from fastlens.factored_matrix import FactoredMatrix
+from fastlens.factored_matrix import FactoredMatrix, composition_scores
 
 sizes = st.integers(1, 7)
 leads = st.sampled_from([((), ()), ((3,), (3,)), ((2, 1), (1, 3)), ((4,), ()), ((), (2, 2))])
@@ -326,3 +326,19 @@ def test_same_as_transformer_lens(tl, fm: FactoredMatrix, inner: int):
         close(fm.make_even().A.abs(), other.make_even().A.abs(), 1e-6)
         close(fm.collapse_l().abs(), other.collapse_l().abs(), 1e-6)
         close(fm.collapse_r().abs(), other.collapse_r().abs(), 1e-6)
+
+
+def test_composition_scores_are_ratios_of_norms():
+    left = FactoredMatrix(*factors(0, (2, 3), (2, 3), 6, 2, 5))
+    right = FactoredMatrix(*factors(1, (4,), (4,), 5, 3, 7))
+    scores = composition_scores(left, right)
+    norms = left.AB.norm(dim=(-2, -1))[..., None] * right.AB.norm(dim=(-2, -1))
+    close(scores, (left.AB[:, :, None] @ right.AB).norm(dim=(-2, -1)) / norms)
+    assert scores.shape == (2, 3, 4) and 0 <= scores.min() <= scores.max() <= 1
+    same = FactoredMatrix(*factors(1, (2, 3), (2, 3), 5, 3, 7))
+    pairs = composition_scores(left, same)
+    for i in range(2):
+        for j in range(3):
+            close(composition_scores(left, same, False)[i, j], pairs[i, j, i, j])
+    with pytest.raises(ShapeError, match="left writes 5 numbers, right reads 6"):
+        composition_scores(left, left)

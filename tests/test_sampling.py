@@ -5,6 +5,11 @@ import torch
 
 from fastlens.sampling import Sampling, SamplingError, sample_logits, token_counts
 
+COMPARED = [
+    "transformer_lens.utilities.logits_utils.sample_logits",
+    "transformer_lens.utilities.sample_logits",
+    "transformer_lens.utils.sample_logits",
+]
 LOGITS = 3 * torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
 

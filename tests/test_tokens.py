@@ -421,6 +421,14 @@ def test_loss_as_transformer_lens(tl_utilities, masked, per_token):
     assert_close_to(fl.lm_cross_entropy_loss(*arguments), theirs, atol=1e-6)
 
 
+def test_accuracy_of_the_next_token():
+    tokens = torch.tensor([[3, 1, 2], [0, 0, 4]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[1, 0, 9], [0, 4, 0]]), 10).float()
+    hits = torch.tensor([[True, False], [True, True]])
+    assert torch.equal(fl.lm_accuracy(logits, tokens, per_token=True), hits)
+    assert fl.lm_accuracy(logits, tokens) == 0.75
+
+
 def test_loss_of_unbatched_text():
     logits, tokens, _ = _loss_case()
     whole = fl.lm_cross_entropy_loss(logits, tokens, per_token=True)

@@ -1,6 +1,6 @@
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastlens.model.hooked_module import HookedModule
+from fastlens import HookedModule
 
 tokenizer = AutoTokenizer.from_pretrained("gpt2")
 model = HookedModule(AutoModelForCausalLM.from_pretrained("gpt2"))

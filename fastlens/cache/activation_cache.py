@@ -151,6 +151,7 @@ class ActivationCache(RunParts):
             incl_embeds: False leaves the embeddings out.
         """
         upto, pos = self._up_to(layer), as_slice(pos_slice)
+        self._warn_of_normalised_stream("decompose_resid")
         rows = self._embeds() if incl_embeds else []
         with_mlps = mode != "attn" and not self.model.cfg.attn_only
         for i in range(upto):

@@ -125,6 +125,12 @@ class Activations:
             return HookNameError(
                 f"{asked} is not cached: run_with_cache keeps gradients with incl_bwd=True."
             )
+        calls = [key for key in self.cache_dict if re.sub(r"@\d+", "", key) == name]
+        if calls:
+            return HookNameError(
+                f"{asked} was passed {len(calls)} times. Its activations are "
+                f"{', '.join(map(repr, calls))}."
+            )
         if name in places and flag and not getattr(self.model.cfg, flag):
             compute = " call cache.compute_head_results()," if name.endswith("hook_result") else ""
             return HookNameError(

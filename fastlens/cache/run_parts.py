@@ -39,11 +39,20 @@ class RunParts(Activations):
             )
         return mlp_input and not getattr(cfg, "parallel_attn_mlp", False)
 
+    @property
+    def _normalises_the_stream(self) -> bool:
+        """Whether the stream itself passes the norms, so that it is no sum (BERT)."""
+        places = getattr(self.model, "hook_dict", None) or {}
+        return "blocks.0.hook_normalized_resid_post" in places
+
     def _resid_into(self, layer: int, preferred: str) -> Tensor:
         """The stream entering ``layer``: the same tensor has two names, and either will do."""
         names = [("resid_post", layer - 1)] if layer > 0 else []
         if layer < self.model.cfg.n_layers:
             names.append(("resid_pre", layer))
+        if len(names) == 2 and self._normalises_the_stream:
+            # Then they are two tensors.
+            names = [name for name in names if name[0] == preferred]
         names.sort(key=lambda name: name[0] != preferred)
         return self[next((name for name in names if name in self), names[0])]
 
@@ -176,7 +185,16 @@ class RunParts(Activations):
         chosen = neurons.indices(self.model.cfg.d_mlp)
         return [f"L{i}N{n}" for i in range(layers) for n in chosen]
 
+    def _warn_of_normalised_stream(self, method: str) -> None:
+        if self._normalises_the_stream:
+            _log.warning(
+                "%s: this model normalises the residual stream after every sublayer. These rows "
+                "are what was written; they do not sum to the stream.",
+                method,
+            )
+
     def _warn_of_post_norms(self, method: str) -> None:
+        self._warn_of_normalised_stream(method)
         if getattr(self.model.cfg, "use_normalization_before_and_after", False):
             _log.warning(
                 "%s: this model normalises what its sublayers write. These rows are before that "

@@ -102,4 +102,6 @@ def _heading(family: str) -> str:
 
     if family == "packaged":
         return "without a network:"
-    return f"{family} ({', '.join(FAMILIES.get(family).architectures)}), from the model hub:"
+    found = FAMILIES.get(family)
+    by = "" if found.model_class == "HookedTransformer" else f", loaded by {found.model_class}"
+    return f"{family} ({', '.join(found.architectures)}){by}, from the model hub:"

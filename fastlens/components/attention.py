@@ -20,6 +20,7 @@ from fastlens.components.layout import (
     side_by_side,
 )
 from fastlens.components.norms import RMSNorm
+from fastlens.components.position_methods import PositionMethods
 from fastlens.components.rotary_tables import rotary_tables
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
@@ -34,7 +35,7 @@ from fastlens.tokens import get_offset_position_ids
 _ATTEND_METHODS = ("calculate_attention_scores", "calculate_z_scores", "apply_causal_mask")
 
 
-class AbstractAttention(nn.Module):
+class AbstractAttention(PositionMethods, nn.Module):
     """What grouped and ungrouped attention share. Use `Attention` or `GroupedQueryAttention`.
 
     Queries, keys and values come from one product over side-by-side weights when no gradient is
@@ -178,17 +179,27 @@ class AbstractAttention(nn.Module):
         if self.cfg.positional_embedding_type == "rotary":
             q, k = self._rotated(q, k, offset, attention_mask)
         added = [bias for bias in (position_bias, additive_attention_mask) if bias is not None]
+        return self._output(self._attended(q, k, v, offset, attention_mask, added))
+
+    def _attended(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offset: int,
+        attention_mask: Tensor | None,
+        added: list[Tensor],
+    ) -> Tensor:
+        """Values mixed by attention: fused if nobody looks and nothing is added to the scores."""
         if self._is_fused() and not added:
             key_mask = None if attention_mask is None else attention_mask.bool()
-            z = self.hook_z(attention(q, k, v, self.rule, offset, key_mask))
-        else:
-            scores = self.calculate_attention_scores(q, k)
-            scores = self._biased(scores, offset, attention_mask, added)
-            pattern = torch.softmax(self.hook_attn_scores(scores), -1)
-            # A row that sees no key is all NaN; it attends to nothing.
-            pattern = self.hook_pattern(pattern.masked_fill(pattern.isnan(), 0.0))
-            z = self.calculate_z_scores(v, pattern.to(device=v.device, dtype=v.dtype))
-        return self._output(z)
+            return self.hook_z(attention(q, k, v, self.rule, offset, key_mask))
+        scores = self.calculate_attention_scores(q, k)
+        scores = self._biased(scores, offset, attention_mask, added)
+        pattern = torch.softmax(self.hook_attn_scores(scores), -1)
+        # A row that sees no key is all NaN; it attends to nothing.
+        pattern = self.hook_pattern(pattern.masked_fill(pattern.isnan(), 0.0))
+        return self.calculate_z_scores(v, pattern.to(device=v.device, dtype=v.dtype))
 
     @property
     def rule(self) -> AttentionRule:
@@ -211,7 +222,7 @@ class AbstractAttention(nn.Module):
             cls.calculate_attention_scores is own.calculate_attention_scores
             and cls.calculate_z_scores is own.calculate_z_scores
             and cls.apply_causal_mask is own.apply_causal_mask
-            and self.__dict__.keys().isdisjoint(_ATTEND_METHODS)
+            and not any(name in self.__dict__ for name in _ATTEND_METHODS)
         )
 
     def calculate_qkv_matrices(

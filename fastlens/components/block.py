@@ -6,7 +6,7 @@ import torch.nn as nn
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlens.components.attention import Attention, GroupedQueryAttention
+from fastlens.components.attention import AbstractAttention, Attention, GroupedQueryAttention
 from fastlens.components.kv_cache import TransformerLensKeyValueCacheEntry
 from fastlens.components.mlp import make_mlp
 from fastlens.components.norms import make_norm
@@ -24,18 +24,72 @@ _NOT_YET = {
 _POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
 
 
-def check_supported(cfg: HookedTransformerConfig) -> None:
-    """Refuse what TransformerLens' config can say and this version cannot compute exactly."""
+def check_supported(cfg: HookedTransformerConfig, is_t5: bool = False) -> None:
+    """Refuse what TransformerLens' config can say and this version cannot compute exactly.
+
+    Args:
+        is_t5: Whether a `T5Block` asks, which alone knows T5's relative position bias.
+    """
     wanted = [meaning for field, meaning in _NOT_YET.items() if getattr(cfg, field)]
     if cfg.original_architecture in _POST_NORM:
         wanted.append(f"{cfg.original_architecture} (norms after the sublayer, QK-norm over heads)")
-    if cfg.positional_embedding_type == "relative_positional_bias":
-        wanted.append("relative position bias (T5)")
+    if cfg.positional_embedding_type == "relative_positional_bias" and not is_t5:
+        wanted.append("relative position bias (T5) in this class: use HookedEncoderDecoder")
     if wanted:
         raise ConfigError(f"this version of fastlens does not compute {', '.join(wanted)}.")
 
 
-class TransformerBlock(nn.Module):
+class ReadingBlock(nn.Module):
+    """What a pre-norm block's attention and MLP read: copies per head, where flags ask for them."""
+
+    cfg: HookedTransformerConfig
+    ln1: nn.Module
+    attn: AbstractAttention
+    hook_attn_in: HookPoint
+    hook_q_input: HookPoint
+    hook_k_input: HookPoint
+    hook_v_input: HookPoint
+    hook_mlp_in: HookPoint
+
+    def _mlp_input(self, resid: Tensor) -> Tensor:
+        # A clone: a hook that edits it in place must not edit the residual stream.
+        return self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
+
+    def _attention_inputs(
+        self, resid_pre: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, keys and values read: one tensor, normalised once, if no flag splits it."""
+        cfg = self.cfg
+        attn_in = resid_pre
+        if cfg.use_attn_in:
+            attn_in = spread_over_heads(resid_pre, cfg.n_heads, self.hook_attn_in)
+        if cfg.use_split_qkv_input:
+            kv_heads = self.attn.n_kv_heads
+            if cfg.ungroup_grouped_query_attention:
+                kv_heads = cfg.n_heads
+            query_in = spread_over_heads(resid_pre, cfg.n_heads, self.hook_q_input)
+            key_in = spread_over_heads(resid_pre, kv_heads, self.hook_k_input)
+            value_in = spread_over_heads(resid_pre, kv_heads, self.hook_v_input)
+            query_in, key_in, value_in = self.ln1(query_in), self.ln1(key_in), self.ln1(value_in)
+        else:
+            query_in = key_in = value_in = self.ln1(attn_in)
+        if positions is not None:
+            positions = positions if query_in.ndim == 3 else positions[:, :, None]
+            shared = query_in is key_in
+            query_in = query_in + positions
+            key_in = query_in if shared else key_in + positions
+        return query_in, key_in, value_in
+
+
+def spread_over_heads(
+    resid: Float[Tensor, "batch pos d_model"], n_heads: int, point: nn.Module
+) -> Float[Tensor, "batch pos head d_model"]:
+    """One copy of the stream per head, after ``point``; a real copy only if a hook might write."""
+    spread = resid[:, :, None].expand(-1, -1, n_heads, -1)
+    return point(spread.clone()) if is_live(point) else spread
+
+
+class TransformerBlock(ReadingBlock):
     """``resid_pre -> attention -> resid_mid -> MLP -> resid_post``, or both from resid_pre.
 
     Sequential by default; ``parallel_attn_mlp`` has no ``resid_mid`` (GPT-J, GPT-NeoX);
@@ -56,11 +110,6 @@ class TransformerBlock(nn.Module):
         "hook_resid_post": "batch pos d_model",
     }
 
-    hook_attn_in: HookPoint
-    hook_q_input: HookPoint
-    hook_k_input: HookPoint
-    hook_v_input: HookPoint
-    hook_mlp_in: HookPoint
     hook_attn_out: HookPoint
     hook_mlp_out: HookPoint
     hook_resid_pre: HookPoint
@@ -134,38 +183,3 @@ class TransformerBlock(nn.Module):
         if self.cfg.use_normalization_before_and_after:
             mlp_out = self.ln2_post(mlp_out)
         return self.hook_mlp_out(mlp_out)
-
-    def _mlp_input(self, resid: Tensor) -> Tensor:
-        # A clone: a hook that edits it in place must not edit the residual stream.
-        return self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
-
-    def _attention_inputs(
-        self, resid_pre: Tensor, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries, keys and values read: one tensor, normalised once, if no flag splits it."""
-        cfg = self.cfg
-        attn_in = resid_pre
-        if cfg.use_attn_in:
-            attn_in = self._spread(resid_pre, cfg.n_heads, self.hook_attn_in)
-        if cfg.use_split_qkv_input:
-            kv_heads = self.attn.n_kv_heads
-            if cfg.ungroup_grouped_query_attention:
-                kv_heads = cfg.n_heads
-            query_in = self._spread(resid_pre, cfg.n_heads, self.hook_q_input)
-            key_in = self._spread(resid_pre, kv_heads, self.hook_k_input)
-            value_in = self._spread(resid_pre, kv_heads, self.hook_v_input)
-            query_in, key_in, value_in = self.ln1(query_in), self.ln1(key_in), self.ln1(value_in)
-        else:
-            query_in = key_in = value_in = self.ln1(attn_in)
-        if positions is not None:
-            positions = positions if query_in.ndim == 3 else positions[:, :, None]
-            shared = query_in is key_in
-            query_in = query_in + positions
-            key_in = query_in if shared else key_in + positions
-        return query_in, key_in, value_in
-
-    @staticmethod
-    def _spread(resid: Tensor, n_heads: int, point: nn.Module) -> Tensor:
-        """One copy of the stream per head; a real copy only if a hook might write to it."""
-        spread = resid[:, :, None].expand(-1, -1, n_heads, -1)
-        return point(spread.clone()) if is_live(point) else spread

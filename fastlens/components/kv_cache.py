@@ -95,5 +95,5 @@ class TransformerLensKeyValueCache:
             self.previous_attention_mask = updated
         return updated
 
-    def __getitem__(self, index: int) -> TransformerLensKeyValueCacheEntry:
-        return self.entries[index]
+    def __getitem__(self, idx: int) -> TransformerLensKeyValueCacheEntry:
+        return self.entries[idx]

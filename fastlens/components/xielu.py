@@ -17,15 +17,22 @@ class XIELU(nn.Module):
     beta: Tensor
     eps: Tensor
 
-    def __init__(self, alpha_p: float = 0.8, alpha_n: float = 0.8, beta: float = 0.5):
+    def __init__(
+        self,
+        alpha_p_init: float = 0.8,
+        alpha_n_init: float = 0.8,
+        beta_init: float = 0.5,
+        eps: float = -1e-6,
+    ):
         super().__init__()
-        self.alpha_p = nn.Parameter(_inverse_softplus(alpha_p))
-        self.alpha_n = nn.Parameter(_inverse_softplus(alpha_n - beta))
-        self.register_buffer("beta", torch.tensor(beta))
-        self.register_buffer("eps", torch.tensor(-1e-6))
+        self.alpha_p = nn.Parameter(_inverse_softplus(alpha_p_init))
+        self.alpha_n = nn.Parameter(_inverse_softplus(alpha_n_init - beta_init))
+        self.register_buffer("beta", torch.tensor(beta_init))
+        self.register_buffer("eps", torch.tensor(eps))
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The activation, elementwise."""
+        x = input
         positive = F.softplus(self.alpha_p)
         negative = self.beta + F.softplus(self.alpha_n)
         below = (torch.expm1(torch.minimum(x, self.eps)) - x) * negative + self.beta * x

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch.nn as nn
 from torch import Tensor
@@ -25,25 +25,71 @@ class LensHandle:
     user_hook: HookFunction | None = None
 
 
+@runtime_checkable
+class Conversion(Protocol):
+    """Two functions between an activation's own shape and the one that hooks should see."""
+
+    def convert(self, input_value: Any) -> Any:
+        """What a hook receives."""
+        ...
+
+    def revert(self, input_value: Any) -> Any:
+        """What a hook returned, in the activation's own shape."""
+        ...
+
+
+class Alias:
+    """A HookPoint under another name: what a hook receives that was added with ``alias_names``."""
+
+    def __init__(self, name: str, point: "HookPoint"):
+        self.name = name
+        self._point = point
+
+    def layer(self) -> int:
+        """The layer in the alias; see `HookPoint.layer`."""
+        return layer_of(self.name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copying and pickling ask before there is a point
+            raise AttributeError(name)
+        return getattr(self._point, name)
+
+
 class _Forward:
     """A user's hook in torch's form for forward hooks. A class, so that models pickle and copy."""
 
-    def __init__(self, hook: HookFunction, point: "HookPoint"):
+    def __init__(self, hook: HookFunction, point: "HookPoint", names: list[str] | None = None):
         self.hook = hook
         self.point = point
+        self.names = names
         # repr of a partial prints its arguments, which for a caching hook are whole activations.
         is_partial = isinstance(hook, partial)
         self.__name__ = f"partial({hook.func!r}, ...)" if is_partial else repr(hook)
 
     def __call__(self, module: Any, inputs: Any, output: Any) -> Any:
-        return self.hook(output, hook=self.point)
+        return self._called(output)
+
+    def _called(self, value: Any) -> Any:
+        point, conversion = self.point, self.point.hook_conversion
+        if conversion is None and self.names is None:
+            return self.hook(value, hook=point)
+        value = value if conversion is None else conversion.convert(value)
+        result = None
+        for seen_as in [point] if self.names is None else [Alias(n, point) for n in self.names]:
+            answer = self.hook(value, hook=seen_as)
+            if answer is not None:
+                value = result = answer
+        return result if result is None or conversion is None else conversion.revert(result)
 
 
 class _Backward(_Forward):
     """A user's hook in torch's form for full backward hooks."""
 
     def __call__(self, module: Any, grad_input: Any, grad_output: Any) -> Any:
-        result = self.hook(grad_output[0], hook=self.point)
+        grad = grad_output[0]
+        if self.point.backward_scale != 1.0:
+            grad = grad * self.point.backward_scale
+        result = self._called(grad)
         return (result,) if isinstance(result, Tensor) else result
 
 
@@ -71,6 +117,9 @@ class HookPoint(nn.Module):
         self.bwd_hooks: list[LensHandle] = []
         self.ctx: dict[Any, Any] = {}
         self.name: str | None = None
+        self.hook_conversion: Conversion | None = None
+        # What the gradients that hooks see are multiplied by.
+        self.backward_scale = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         # Most points are never looked at: skip torch's machinery for calling modules.
@@ -87,6 +136,7 @@ class HookPoint(nn.Module):
         is_permanent: bool = False,
         level: int | None = None,
         prepend: bool = False,
+        alias_names: list[str] | None = None,
     ) -> None:
         """Call ``hook(activation, hook=self)`` whenever the point is passed.
 
@@ -96,12 +146,16 @@ class HookPoint(nn.Module):
             is_permanent: Survives ``reset_hooks`` unless that includes permanent hooks.
             level: The ``hooks()`` context that owns it, for removal at its end.
             prepend: Run before the hooks already there.
+            alias_names: Call the hook once for each of these names, with this point under that
+                name; each call sees what the one before returned.
         """
         if dir == "fwd":
-            handle = self.register_forward_hook(_Forward(hook, self), prepend=prepend)
+            wrapped = _Forward(hook, self, alias_names)
+            handle = self.register_forward_hook(wrapped, prepend=prepend)
         elif dir == "bwd":
             # On an identity the gradients of input and output are one and the same.
-            handle = self.register_full_backward_hook(_Backward(hook, self), prepend=prepend)
+            wrapped = _Backward(hook, self, alias_names)
+            handle = self.register_full_backward_hook(wrapped, prepend=prepend)
         else:
             raise ValueError(f"dir={dir!r} is not a direction. Give 'fwd' or 'bwd'.")
         handles = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
@@ -148,12 +202,17 @@ class HookPoint(nn.Module):
         """Empty ``ctx``, the dict where hooks keep state between calls."""
         self.ctx = {}
 
+    def enable_reshape(self, hook_conversion: Conversion | None = None) -> None:
+        """Let hooks see ``hook_conversion.convert(activation)``, and ``revert`` what they return.
+
+        None lets them see the activation itself again. TransformerLens' name; gradients are
+        converted too.
+        """
+        self.hook_conversion = hook_conversion
+
     def layer(self) -> int:
         """The block this point belongs to: 3 for ``blocks.3.attn.hook_q``."""
-        parts = (self.name or "").split(".")
-        if len(parts) < 2 or not parts[1].isdigit():
-            raise ValueError(f"hook point {self.name!r} belongs to no block, so it has no layer.")
-        return int(parts[1])
+        return layer_of(self.name)
 
     def axis(self, name: str, ndim: int) -> int | None:
         """Index from the left of axis ``name`` in an activation of ``ndim`` axes; None if absent.
@@ -196,8 +255,23 @@ def is_live(point: nn.Module) -> bool:
         or state["_forward_pre_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        # Compiled code is guarded by these lists (run again through the compiler when one
+        # changes), and not by torch's own hooks.
+        or state["fwd_hooks"]
+        or state["bwd_hooks"]
         or _has_any_global_hook()
     )
+
+
+def layer_of(name: str | None) -> int:
+    """The number that is the second part of a hook name.
+
+    Raises: ValueError if there is none.
+    """
+    parts = (name or "").split(".")
+    if len(parts) < 2 or not parts[1].isdigit():
+        raise ValueError(f"hook point {name!r} belongs to no block, so it has no layer.")
+    return int(parts[1])
 
 
 def _check_direction(dir: str) -> None:

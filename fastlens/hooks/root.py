@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -112,14 +113,27 @@ class HookedRootModule(nn.Module):
         """
         for found in self._points_named(name):
             point = self.hook_dict[found]
-            self.check_hooks_to_add(
-                point, found, hook, dir=dir, is_permanent=is_permanent, prepend=prepend
-            )
-            point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+            self.check_and_add_hook(point, found, hook, dir, is_permanent, level, prepend)
 
     def add_perma_hook(self, name: HookName, hook: HookFunction, dir: str = "fwd") -> None:
         """`add_hook` with ``is_permanent=True``."""
         self.add_hook(name, hook, dir=dir, is_permanent=True)
+
+    def check_and_add_hook(
+        self,
+        hook_point: HookPoint,
+        hook_point_name: str,
+        hook: HookFunction,
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Add a hook to this point unless `check_hooks_to_add` refuses it."""
+        self.check_hooks_to_add(
+            hook_point, hook_point_name, hook, dir=dir, is_permanent=is_permanent, prepend=prepend
+        )
+        hook_point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
     def check_hooks_to_add(
         self,
@@ -219,7 +233,7 @@ class HookedRootModule(nn.Module):
                 "run_with_hooks takes its hooks off before you can call backward(): pass "
                 "reset_hooks_end=False, or use `with model.hooks(bwd_hooks=...)`."
             )
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts), uncompiled():
             return self(*model_args, **model_kwargs)
 
     def run_with_cache(
@@ -256,7 +270,8 @@ class HookedRootModule(nn.Module):
             names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
         )
         with self.hooks(fwd, bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
-            output = self(*model_args, **model_kwargs)
+            with uncompiled():
+                output = self(*model_args, **model_kwargs)
             if incl_bwd:
                 output.backward()
         return output, cache
@@ -296,6 +311,27 @@ class HookedRootModule(nn.Module):
         for name, hook in bwd:
             self.hook_dict[name].add_hook(hook, "bwd")
         return cache
+
+    def cache_all(
+        self,
+        cache: dict[str, Tensor] | None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+    ) -> None:
+        """`add_caching_hooks` for every place; ``cache`` fills at every later forward."""
+        self.add_caching_hooks(None, incl_bwd, device, remove_batch_dim, cache)
+
+    def cache_some(
+        self,
+        cache: dict[str, Tensor] | None,
+        names: NamesFilter,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+    ) -> None:
+        """`add_caching_hooks` for some places; ``cache`` fills at every later forward."""
+        self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
 
     # -- names and flags -------------------------------------------------------------------
 
@@ -352,3 +388,11 @@ class HookedRootModule(nn.Module):
             f"{len(self.hook_dict)} hook points.{did_you_mean(name, self.hook_dict)} "
             f"List them all with model.hook_dict."
         )
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled parts run as they were written: compiled code does not look for later hooks."""
+    # The compiler is not loaded for this: without it nothing is compiled.
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()

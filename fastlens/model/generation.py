@@ -1,8 +1,9 @@
 """The part of `HookedTransformer` that continues text."""
 
 import contextlib
+import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,14 +17,15 @@ from fastlens.components.kv_cache import TransformerLensKeyValueCache
 from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ShapeError, TokenError, did_you_mean
-from fastlens.generate import Generated, Step, Stop, generate_tokens
+from fastlens.generate import Generated, Step, Stop, generate_tokens, stream_tokens
 from fastlens.hooks.point import is_live
 from fastlens.ops.activations import soft_cap
 from fastlens.sampling import Sampling
 from fastlens.tokens import USE_DEFAULT_VALUE, get_prompt_mask, override_or_use_default_value
 
 _RETURN_TYPES = ("input", "str", "tokens", "embeds")
-_KNOWN_KWARGS = ("output_logits", "return_dict_in_generate")
+_STREAMED_TYPES = ("input", "tokens", "tensor")
+_KNOWN_KWARGS = ("output_logits", "return_dict_in_generate", "repetition_penalty")
 _OUR_TAIL = (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, Unembed, nn.Identity)
 
 
@@ -47,13 +49,18 @@ class Prompt:
         return None if self.kind == "embeds" else self.run
 
     @property
+    def token_dtype(self) -> torch.dtype:
+        """Of the tokens that come back: the prompt's, or int64 for embeddings."""
+        return torch.int64 if self.kind == "embeds" else self.given.dtype
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row, padding not counted."""
         return self.run.shape[1] if self.mask is None else int(self.mask.sum(-1).max())
 
 
 class GenerationMixin:
-    """``generate``, with TransformerLens 3's arguments."""
+    """``generate`` and ``generate_stream``, with TransformerLens 3's arguments."""
 
     cfg: HookedTransformerConfig
     tokenizer: Any
@@ -106,7 +113,8 @@ class GenerationMixin:
             verbose: Show a progress bar.
             generation_kwargs: ``output_logits=True`` returns transformers'
                 ``GenerateDecoderOnlyOutput`` with ``sequences`` and the ``logits`` of every step.
-                Others are warned about and ignored.
+                ``repetition_penalty`` is that of `fastlens.sampling.sample_logits`
+                (TransformerLens ignores it). Others are warned about and ignored.
 
         Returns: the prompt and its continuation; for embeddings with another ``return_type`` the
             continuation alone. A single text (or a list of one) gives one string.
@@ -120,37 +128,118 @@ class GenerationMixin:
                 f"{did_you_mean(str(return_type), _RETURN_TYPES)}"
             )
         _warn_of_unknown(generation_kwargs)
-        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
+        sampling = Sampling(
+            do_sample,
+            top_k,
+            top_p,
+            temperature,
+            freq_penalty,
+            float(generation_kwargs.get("repetition_penalty") or 1.0),
+        )
         prompt = self._prompt(input, prepend_bos, padding_side)
-        if prompt.kind == "embeds" and freq_penalty > 0:
-            warnings.warn(
-                "freq_penalty counts tokens, and this prompt is embeddings: it is ignored. Pass "
-                "tokens to use it.",
-                stacklevel=2,
-            )
-            sampling = Sampling(do_sample, top_k, top_p, temperature)
-        stop = self._stop(eos_token_id) if stop_at_eos else None
+        sampling = _without_counts(sampling) if prompt.kind == "embeds" else sampling
+        stop = stop_at(self.tokenizer, eos_token_id) if stop_at_eos else None
         n_steps = min(max_new_tokens, self._room(prompt))
-        with _evaluating(self):
+        with evaluating(self):
             made = generate_tokens(
                 self._step(prompt, n_steps, use_past_kv_cache),
                 len(prompt.run),
                 n_steps,
                 device=prompt.run.device,
+                keep_logits=bool(generation_kwargs.get("output_logits")),
                 sampling=sampling,
                 stop=stop,
                 prompt=prompt.tokens,
                 prompt_mask=prompt.mask,
-                keep_logits=bool(generation_kwargs.get("output_logits")),
                 verbose=verbose,
             )
-        if made.tokens.shape[1] == n_steps < max_new_tokens and not made.stopped:
+        if not made.stopped:
+            self._warn_if_full(n_steps, max_new_tokens)
+        return self._result(prompt, made, return_type)
+
+    def generate_stream(
+        self,
+        input: Any = "",
+        max_new_tokens: int = 10,
+        max_tokens_per_yield: int = 25,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        return_type: str | None = "input",
+        verbose: bool = True,
+    ) -> Generator[Int[Tensor, "batch piece"], None, None]:
+        """Continue a prompt as `generate` does, and give the tokens while they are made.
+
+        The pieces one after the other are ``generate(..., return_type="tokens")``: the prompt comes
+        with the first new token, in the first piece (for embeddings there are new tokens only).
+        A piece is given as soon as it holds ``max_tokens_per_yield`` tokens a row, the prompt
+        counted; the last one when all rows have stopped or enough is made.
+
+        Arguments are checked at once; the model runs when pieces are asked for, without gradients
+        and in evaluation mode, which ends with the generator.
+
+        Args:
+            max_tokens_per_yield: The size of a piece.
+            return_type: Pieces are tokens whatever is said here, as TransformerLens' are; "str"
+                and others are warned about. `tokenizer.decode` makes text of them.
+
+        The other arguments and the errors are `generate`'s.
+        """
+        if return_type not in _STREAMED_TYPES:
+            warnings.warn(
+                f"generate_stream gives tokens, as TransformerLens' does, not "
+                f"return_type={return_type!r}. Decode the pieces with model.to_string.",
+                stacklevel=2,
+            )
+        sampling = Sampling(do_sample, top_k, top_p, temperature, freq_penalty)
+        prompt = self._prompt(input, prepend_bos, padding_side)
+        sampling = _without_counts(sampling) if prompt.kind == "embeds" else sampling
+        stop = stop_at(self.tokenizer, eos_token_id) if stop_at_eos else None
+        n_steps = min(max_new_tokens, self._room(prompt))
+        step = self._step(prompt, n_steps, use_past_kv_cache)
+
+        def pieces() -> Generator[Tensor, None, None]:
+            waiting = [] if prompt.kind == "embeds" else [prompt.given]
+            size = 0 if prompt.kind == "embeds" else prompt.given.shape[1]
+            stopped = False
+            with evaluating(self):
+                for made in stream_tokens(
+                    step,
+                    len(prompt.run),
+                    n_steps,
+                    device=prompt.run.device,
+                    sampling=sampling,
+                    stop=stop,
+                    prompt=prompt.tokens,
+                    prompt_mask=prompt.mask,
+                    verbose=verbose,
+                ):
+                    waiting.append(made.tokens[:, None].to(prompt.token_dtype))
+                    size, stopped = size + 1, made.stopped
+                    if size >= max_tokens_per_yield:
+                        yield torch.cat(waiting, 1)
+                        waiting, size = [], 0
+                if waiting and n_steps > 0:
+                    yield torch.cat(waiting, 1)
+            if not stopped:
+                self._warn_if_full(n_steps, max_new_tokens)
+
+        return pieces()
+
+    def _warn_if_full(self, n_steps: int, max_new_tokens: int) -> None:
+        if n_steps < max_new_tokens:
             warnings.warn(
                 f"{max_new_tokens} new tokens were asked for, but the {self.cfg.n_ctx} positions "
                 f"of this model (n_ctx) are full after {n_steps}: returning those.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return self._result(prompt, made, return_type)
 
     # -- the prompt --------------------------------------------------------------------------
 
@@ -202,25 +291,6 @@ class GenerationMixin:
                 f"positions (n_ctx). Give a shorter prompt."
             )
         return room
-
-    def _stop(self, eos_token_id: int | Sequence[int] | None) -> Stop:
-        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        if eos_token_id is None:
-            eos_token_id = own
-        if eos_token_id is None:
-            found = (
-                "this model has no tokenizer"
-                if self.tokenizer is None
-                else "its tokenizer has none"
-            )
-            raise TokenError(
-                f"stop_at_eos=True needs an EOS token, and {found}. Pass eos_token_id=, or "
-                f"stop_at_eos=False."
-            )
-        if isinstance(eos_token_id, int):
-            return Stop([eos_token_id], eos_token_id)
-        ends = [int(token) for token in eos_token_id]
-        return Stop(ends, ends[0] if own is None else own)
 
     # -- running -----------------------------------------------------------------------------
 
@@ -304,7 +374,7 @@ class GenerationMixin:
     def _result(self, prompt: Prompt, made: Generated, return_type: str | None) -> Any:
         tokens = made.tokens
         if prompt.kind != "embeds":
-            tokens = torch.cat([prompt.given, tokens.to(prompt.given.dtype)], 1)
+            tokens = torch.cat([prompt.given, tokens.to(prompt.token_dtype)], 1)
         if made.logits is not None:
             from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -319,6 +389,39 @@ class GenerationMixin:
         decode = self._need_tokenizer("return_type='str'").decode
         texts = [decode(row, skip_special_tokens=True) for row in tokens]
         return texts[0] if len(texts) == 1 else texts
+
+
+def stop_at(tokenizer: Any, eos_token_id: int | Sequence[int] | None) -> Stop:
+    """The tokens that end a text: those given, else the tokenizer's EOS.
+
+    Raises: TokenError if there are none.
+    """
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    if eos_token_id is None:
+        eos_token_id = own
+    if eos_token_id is None:
+        found = "this model has no tokenizer" if tokenizer is None else "its tokenizer has none"
+        raise TokenError(
+            f"stop_at_eos=True needs an EOS token, and {found}. Pass eos_token_id=, or "
+            f"stop_at_eos=False."
+        )
+    if isinstance(eos_token_id, int):
+        return Stop([eos_token_id], eos_token_id)
+    ends = [int(token) for token in eos_token_id]
+    return Stop(ends, ends[0] if own is None else own)
+
+
+def _without_counts(sampling: Sampling) -> Sampling:
+    """The same without penalties, which count tokens: embeddings have none."""
+    for name, none in (("freq_penalty", 0.0), ("repetition_penalty", 1.0)):
+        if getattr(sampling, name) != none:
+            warnings.warn(
+                f"{name} counts tokens, and this prompt is embeddings: it is ignored. Pass tokens "
+                f"to use it.",
+                stacklevel=3,
+            )
+            sampling = dataclasses.replace(sampling, **{name: none})
+    return sampling
 
 
 def _refuse(empty: bool) -> None:
@@ -352,7 +455,7 @@ def _warn_of_unknown(generation_kwargs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode inside, and each module's own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,7 +1,5 @@
 """`HookedTransformer`: TransformerLens 3's class, running fused wherever nobody looks."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -9,55 +7,25 @@ import torch.nn as nn
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlens.cache import ActivationCache
 from fastlens.components.block import TransformerBlock
 from fastlens.components.embed import Embed, PosEmbed, Unembed
 from fastlens.components.kv_cache import TransformerLensKeyValueCache
 from fastlens.components.norms import final_norm
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError, FlagError, ShapeError, TokenError
-from fastlens.hooks.point import HookFunction, HookPoint, is_live
-from fastlens.hooks.root import HookedRootModule
+from fastlens.hooks.point import HookPoint, is_live
 from fastlens.model.generation import GenerationMixin
 from fastlens.model.pretrained import PretrainedMixin
+from fastlens.model.root import TransformerRoot, named_tokenizer
 from fastlens.model.text import TextMixin
 from fastlens.model.weights import WeightsMixin
 from fastlens.ops.activations import soft_cap
-from fastlens.settings import HF_TOKEN
 from fastlens.tokens import (
     USE_DEFAULT_VALUE,
     LocallyOverridenDefaults,
     get_attention_mask,
     lm_cross_entropy_loss,
 )
-
-# The end of a hook's name -> the config flag without which the place does not exist.
-FLAG_OF_PLACE = {
-    "hook_result": "use_attn_result",
-    "hook_q_input": "use_split_qkv_input",
-    "hook_k_input": "use_split_qkv_input",
-    "hook_v_input": "use_split_qkv_input",
-    "hook_attn_in": "use_attn_in",
-    "hook_mlp_in": "use_hook_mlp_in",
-}
-
-
-def named_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """The Hugging Face tokenizer of that name or folder.
-
-    Raises: TokenError if it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, token=HF_TOKEN.get() or None
-        )
-    except (OSError, ValueError) as error:
-        raise TokenError(
-            f"cfg.tokenizer_name={name!r} gave no tokenizer: {error} Pass tokenizer=, or set "
-            f"cfg.tokenizer_name=None and d_vocab to use tokens only."
-        ) from error
 
 
 class Output(NamedTuple):
@@ -67,9 +35,7 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-class HookedTransformer(
-    PretrainedMixin, TextMixin, GenerationMixin, WeightsMixin, HookedRootModule
-):
+class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixin, TransformerRoot):
     """A decoder-only transformer whose every activation has a name and can be read or replaced.
 
     >>> from fastlens import HookedTransformer
@@ -132,6 +98,22 @@ class HookedTransformer(
             self.move_model_modules_to_device()
         self.dataset = None
         self.setup()
+
+    # Properties as well as submodules: a `typing.Protocol` looks for attributes of the class only.
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers."""
+        return self._submodule("blocks")
+
+    @property
+    def ln_final(self) -> nn.Module:
+        """The norm before the unembedding; models without norms have none."""
+        return self._submodule("ln_final")
+
+    def _submodule(self, name: str) -> Any:
+        if name not in self._modules:
+            raise AttributeError(f"this model has no {name}.")
+        return self._modules[name]
 
     # -- forward -----------------------------------------------------------------------------
 
@@ -334,80 +316,7 @@ class HookedTransformer(
         """Next-token cross-entropy in nats; see `fastlens.tokens.lm_cross_entropy_loss`."""
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
-    # -- hooks -------------------------------------------------------------------------------
-
-    def run_with_cache(  # type: ignore[override]
-        self,
-        *model_args: Any,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """One forward and its activations, as an `ActivationCache` (or a plain dict).
-
-        See `HookedRootModule.run_with_cache` for ``names_filter``, ``pos_slice``, ``device``,
-        ``incl_bwd`` and the rest; further arguments go to `forward`.
-        """
-        output, cache = super().run_with_cache(
-            *model_args, remove_batch_dim=remove_batch_dim, **kwargs
-        )
-        if return_cache_object:
-            cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
-        return output, cache
-
-    def required_flag(self, name: str) -> str | None:
-        """The config flag without which the place ``name`` never fires, or None."""
-        return FLAG_OF_PLACE.get(name.rsplit(".", 1)[-1])
-
-    def is_switched_off(self, name: str) -> bool:
-        """Whether a config flag keeps the place ``name`` from firing now."""
-        flag = self.required_flag(name)
-        return flag is not None and not getattr(self.cfg, flag)
-
-    def check_hooks_to_add(
-        self,
-        hook_point: HookPoint,
-        hook_point_name: str,
-        hook: HookFunction,
-        dir: str = "fwd",
-        is_permanent: bool = False,
-        prepend: bool = False,
-    ) -> None:
-        """Refuse a hook on a place that is switched off: it would never run."""
-        if self.is_switched_off(hook_point_name):
-            flag = self.required_flag(hook_point_name)
-            raise FlagError(
-                f"a hook was asked for at {hook_point_name!r}, which does not fire while "
-                f"cfg.{flag} is False. Call model.set_{flag}(True) first, or name the place in "
-                f"run_with_hooks, hooks() or run_with_cache, which switch it on for that run."
-            )
-
-    def _switch_on(self, names: list[str]) -> Callable[[], Any]:
-        flags = {self.required_flag(name) for name in names if self.is_switched_off(name)}
-        before = {flag: getattr(self.cfg, flag) for flag in flags if flag is not None}
-
-        restore = partial(vars(self.cfg).update, before)
-        try:
-            for flag in before:
-                getattr(self, f"set_{flag}")(True)
-        except BaseException:
-            restore()
-            raise
-        return restore
-
-    def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Compute each head's output by itself, for ``hook_result``."""
-        self.cfg.use_attn_result = use_attn_result
-
-    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Give every head its own copy of the residual stream for q, k and v."""
-        self.cfg.use_split_qkv_input = use_split_qkv_input
-
-    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Let ``hook_mlp_in`` edit what the MLP reads. Refused for attention-only models."""
-        if self.cfg.attn_only and use_hook_mlp_in:
-            raise FlagError("hook_mlp_in: this model is attn_only, so it has no MLPs.")
-        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+    # -- flags and devices -------------------------------------------------------------------
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
         """Give every head its own copy of what it reads. Refused under grouped attention."""
@@ -421,54 +330,6 @@ class HookedTransformer(
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
         """Compute keys and values per query head, so that ``hook_k``, ``hook_v`` show all."""
         self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
-
-    # -- moving ------------------------------------------------------------------------------
-
-    def to(  # type: ignore[override]
-        self, device_or_dtype: torch.device | str | torch.dtype, print_details: bool = True
-    ) -> "HookedTransformer":
-        """Move or cast the model and keep ``cfg.device`` or ``cfg.dtype`` in step."""
-        if isinstance(device_or_dtype, torch.dtype):
-            self.cfg.dtype = device_or_dtype
-            if print_details:
-                print("Changing model dtype to", device_or_dtype)
-        else:
-            self.cfg.device = str(torch.device(device_or_dtype))
-            if print_details:
-                print("Moving model to device: ", self.cfg.device)
-        nn.Module.to(self, device_or_dtype)
-        return self
-
-    def _cast(self, dtype: torch.dtype) -> "HookedTransformer":
-        return self.to(dtype, print_details=False)
-
-    def double(self) -> "HookedTransformer":
-        """Cast to float64."""
-        return self._cast(torch.float64)
-
-    def float(self) -> "HookedTransformer":
-        """Cast to float32."""
-        return self._cast(torch.float32)
-
-    def half(self) -> "HookedTransformer":
-        """Cast to float16."""
-        return self._cast(torch.float16)
-
-    def bfloat16(self) -> "HookedTransformer":
-        """Cast to bfloat16."""
-        return self._cast(torch.bfloat16)
-
-    def cuda(self, device: int | torch.device | str | None = None) -> "HookedTransformer":  # type: ignore[override]
-        """Move to a CUDA device."""
-        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
-
-    def cpu(self) -> "HookedTransformer":
-        """Move to the CPU."""
-        return self.to("cpu")
-
-    def mps(self) -> "HookedTransformer":
-        """Move to Apple's GPU. Not run there by us; compare with the CPU before you trust it."""
-        return self.to("mps")
 
     def move_model_modules_to_device(self) -> None:
         """Move everything to ``cfg.device``."""

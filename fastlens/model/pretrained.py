@@ -8,39 +8,60 @@ import torch
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
-from fastlens.errors import ConfigError, did_you_mean
+from fastlens.model.open_model import open_model
 from fastlens.weights import fold, initialize, load
-from fastlens.weights.names import checkpoint_revision
 from fastlens.weights.native import save_native
-from fastlens.weights.source import Source, check_layers, open_source
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound="PretrainedMixin")
 StateDict = dict[str, Any]
 
-DTYPES = {
-    "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32,
-    "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-}  # fmt: skip
-_SOURCE_OPTIONS = (
-    "revision", "cache_dir", "token", "trust_remote_code", "local_files_only",
-    "ignore_config_attributes",
-)  # fmt: skip
-# For transformers' own loading; they change nothing about the weights that are read.
-_WITHOUT_EFFECT = ("low_cpu_mem_usage", "attn_implementation", "use_safetensors", "use_fast")
-_OPTIONS = (*_SOURCE_OPTIONS, *_WITHOUT_EFFECT, "torch_dtype", "use_auth_token", "verbose")
+
+class RandomWeightsMixin:
+    """Random weights by ``cfg.init_mode``."""
+
+    cfg: HookedTransformerConfig
+
+    def init_weights(self) -> None:
+        """Draw every weight matrix by ``cfg.init_mode``, after seeding torch with ``cfg.seed``.
+
+        Biases stay zero and gains one. A seed gives TransformerLens' weights, bit for bit.
+        """
+        if self.cfg.seed is not None:
+            torch.manual_seed(self.cfg.seed)
+        if self.cfg.init_mode == "gpt2":
+            self._init_weights_gpt2()
+        elif self.cfg.init_mode == "muP":
+            self._init_weights_muP(dist_type="normal")
+        else:
+            scheme, dist_type = self.cfg.init_mode.split("_")
+            getattr(self, f"_init_weights_{scheme}")(dist_type=dist_type)
+
+    def _init_weights_gpt2(self) -> None:
+        initialize.gpt2(self._named_parameters(), self.cfg.initializer_range)
+
+    def _init_weights_xavier(self, dist_type: str = "normal") -> None:
+        gain = self.cfg.initializer_range
+        initialize.xavier(self._named_parameters(), gain, dist_type == "uniform")
+
+    def _init_weights_kaiming(self, dist_type: str = "uniform") -> None:
+        gain = self.cfg.initializer_range
+        initialize.kaiming(self._named_parameters(), gain, dist_type == "uniform")
+
+    def _init_weights_muP(self, dist_type: str = "uniform") -> None:
+        initialize.mu_p(self._named_parameters(), dist_type == "uniform")
+
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        return list(self.named_parameters())  # type: ignore[attr-defined]
 
 
-class PretrainedMixin:
+class PretrainedMixin(RandomWeightsMixin):
     """Everything `HookedTransformer` does with whole sets of weights.
 
     Loading reads one group of tensors at a time, processes it and copies it into parameters that
     exist already, so the peak is the model plus one layer.
     """
-
-    cfg: HookedTransformerConfig
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -96,21 +117,21 @@ class PretrainedMixin:
         Cost: peak memory at load is the model plus one layer.
         Raises: ModelNameError, SourceError, ConfigError, WeightsError; see `open_source`.
         """
-        options = _checked_options(from_pretrained_kwargs)
-        hub = {name: options[name] for name in _SOURCE_OPTIONS if name in options}
-        checkpoint, hub["revision"] = _checkpoint(
-            str(model_name),
-            checkpoint_index,
-            checkpoint_value,
-            checkpoint_label,
-            hub.get("revision"),
+        source, cfg, verbose = open_model(
+            "HookedTransformer",
+            model_name,
+            from_pretrained_kwargs,
+            hf_model=hf_model,
+            dtype=dtype,
+            device=device,
+            n_devices=n_devices,
+            checkpoint_index=checkpoint_index,
+            checkpoint_value=checkpoint_value,
+            checkpoint_label=checkpoint_label,
+            default_prepend_bos=default_prepend_bos,
+            first_n_layers=first_n_layers,
+            n_ctx=n_ctx,
         )
-        dtype = _torch_dtype(options.get("torch_dtype") or dtype, device)
-        source = open_source(model_name, hf_model=hf_model, **hub)
-        cfg = _config(source, dtype, device, n_devices, default_prepend_bos, first_n_layers, n_ctx)
-        cfg.trust_remote_code = bool(hub.get("trust_remote_code"))
-        for field, value in checkpoint.items():
-            setattr(cfg, field, value)
         flags = fold.possible_flags(
             cfg,
             fold_ln=fold_ln,
@@ -133,7 +154,7 @@ class PretrainedMixin:
         load.load_source(model, source, flags)  # type: ignore[arg-type]
         if move_to_device:
             model.move_model_modules_to_device()  # type: ignore[attr-defined]
-        if options.get("verbose", True):
+        if verbose:
             # As TransformerLens does, whose doctests show it.
             print(f"Loaded pretrained model {model_name} into HookedTransformer")  # noqa: T201
         return model
@@ -205,10 +226,8 @@ class PretrainedMixin:
             fold_value_biases=fold_value_biases,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
-        if flags["fold_ln"] and not gains:
-            logger.warning(
-                "fold_ln=True, but the state dict has no norms: folded already. Skipped."
-            )
+        if flags["fold_ln"] and not gains and self.cfg.normalization_type not in ("LN", "RMS"):
+            logger.warning("fold_ln=True, but model and state dict are folded already. Skipped.")
             flags["fold_ln"] = False
         load.load_state_dict(self, state_dict, flags)  # type: ignore[arg-type]
         if flags["fold_ln"]:
@@ -256,123 +275,3 @@ class PretrainedMixin:
     def refactor_factored_attn_matrices(self, state_dict: StateDict) -> StateDict:
         """Even singular factors for QK and OV."""
         return fold.refactor_factored_attn_matrices(state_dict, self.cfg)
-
-    # -- random weights ------------------------------------------------------------------------
-
-    def init_weights(self) -> None:
-        """Draw every weight matrix by ``cfg.init_mode``, after seeding torch with ``cfg.seed``.
-
-        Biases stay zero and gains one. A seed gives TransformerLens' weights, bit for bit.
-        """
-        if self.cfg.seed is not None:
-            torch.manual_seed(self.cfg.seed)
-        if self.cfg.init_mode == "gpt2":
-            self._init_weights_gpt2()
-        elif self.cfg.init_mode == "muP":
-            self._init_weights_muP(dist_type="normal")
-        else:
-            scheme, dist_type = self.cfg.init_mode.split("_")
-            getattr(self, f"_init_weights_{scheme}")(dist_type=dist_type)
-
-    def _init_weights_gpt2(self) -> None:
-        initialize.gpt2(self._named_parameters(), self.cfg.initializer_range)
-
-    def _init_weights_xavier(self, dist_type: str = "normal") -> None:
-        gain = self.cfg.initializer_range
-        initialize.xavier(self._named_parameters(), gain, dist_type == "uniform")
-
-    def _init_weights_kaiming(self, dist_type: str = "uniform") -> None:
-        gain = self.cfg.initializer_range
-        initialize.kaiming(self._named_parameters(), gain, dist_type == "uniform")
-
-    def _init_weights_muP(self, dist_type: str = "uniform") -> None:
-        initialize.mu_p(self._named_parameters(), dist_type == "uniform")
-
-    def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        return list(self.named_parameters())  # type: ignore[attr-defined]
-
-
-def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    for name in ("load_in_8bit", "load_in_4bit"):
-        if options.pop(name, False):
-            raise ConfigError(
-                f"{name}=True was asked, but quantised weights are not computed with. Load the "
-                f"model in bfloat16, or from a .gguf file, which is dequantised."
-            )
-    for name in options:
-        if name not in _OPTIONS:
-            raise ConfigError(
-                f"from_pretrained got {name}={options[name]!r}, which it does not know."
-                f"{did_you_mean(name, _OPTIONS)} Weights are read here, not by transformers, so "
-                f"its other options have no meaning."
-            )
-    if "use_auth_token" in options:
-        options.setdefault("token", options["use_auth_token"])
-    return options
-
-
-def _checkpoint(
-    name: str,
-    index: int | None,
-    value: int | None,
-    label: int | None,
-    revision: str | None,
-) -> tuple[dict[str, object], str | None]:
-    """Config fields that record a checkpoint, and the revision that holds it."""
-    if value is not None and label is not None:
-        raise ConfigError(
-            "checkpoint_value and checkpoint_label are two names of one thing. Give one of them."
-        )
-    value = label if value is None else value
-    if index is None and value is None:
-        return {}, revision
-    found, fields = checkpoint_revision(name, index, value)
-    if revision not in (None, found):
-        raise ConfigError(
-            f"revision={revision!r} was asked together with a checkpoint, which is revision "
-            f"{found!r}. Give one of them."
-        )
-    return fields, found
-
-
-def _torch_dtype(dtype: Any, device: Any) -> torch.dtype:
-    if isinstance(dtype, str):
-        name = dtype.removeprefix("torch.")
-        if name not in DTYPES:
-            raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
-        dtype = DTYPES[name]
-    if dtype not in DTYPES.values():
-        raise ConfigError(f"dtype={dtype!r} must be a float dtype: {', '.join(DTYPES)}.")
-    if dtype == torch.float16 and str(device or "cpu") == "cpu":
-        logger.warning("float16 may be slow or unsupported on a CPU; consider bfloat16.")
-    return dtype
-
-
-def _config(
-    source: Source,
-    dtype: torch.dtype,
-    device: Any,
-    n_devices: int,
-    default_prepend_bos: bool | None,
-    first_n_layers: int | None,
-    n_ctx: int | None,
-) -> HookedTransformerConfig:
-    """The model's config: what the source says, then what the caller asked for."""
-    fields = source.config_fields()
-    fields |= {"dtype": dtype, "n_devices": n_devices, "init_weights": False}
-    if device is not None:
-        fields["device"] = device
-    if default_prepend_bos is not None:
-        fields["default_prepend_bos"] = default_prepend_bos
-    if first_n_layers is not None:
-        check_layers(first_n_layers, fields["n_layers"])
-        fields["n_layers"] = first_n_layers
-    if n_ctx is not None:
-        if n_ctx > fields["n_ctx"]:
-            logger.warning(
-                "n_ctx=%d is more than the %d positions this model was trained on.",
-                n_ctx,
-                fields["n_ctx"],
-            )
-        fields["n_ctx"] = n_ctx
-    return HookedTransformerConfig(**fields)

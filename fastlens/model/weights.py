@@ -1,5 +1,6 @@
 """All weights as properties: single matrices as they are, per-layer ones stacked afresh."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,29 +12,23 @@ from fastlens.errors import ConfigError
 from fastlens.factored_matrix import FactoredMatrix
 
 
-class WeightsMixin:
-    """Weight access of `HookedTransformer`. Stacked properties are copies: edit the blocks' leaves.
+class StackedWeights:
+    """Weights of any model with `embed`, `unembed` and layers of attention and MLP.
 
-    Grouped attention shows keys and values repeated for every query head.
+    Stacked properties are copies: edit the layers' leaves. Grouped attention shows keys and values
+    repeated for every query head.
     """
 
     cfg: HookedTransformerConfig
 
+    def _layers(self) -> Iterable[Any]:
+        """The layers that are stacked, in order."""
+        return self.blocks  # type: ignore[attr-defined]
+
     def _stacked(self, part: str, name: str) -> Tensor:
         if part == "mlp" and self.cfg.attn_only:
             raise ConfigError(f"{name} was asked for, but this model is attn_only: it has no MLPs.")
-        return torch.stack([getattr(getattr(b, part), name) for b in self.blocks])  # type: ignore[attr-defined]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)  # type: ignore[misc]
-        except AttributeError:
-            if name in ("pos_embed", "W_pos", "W_E_pos"):
-                raise AttributeError(
-                    f"{name}: this model has {self.cfg.positional_embedding_type} positions, which "
-                    f"are not learned, so it has no position embedding."
-                ) from None
-            raise
+        return torch.stack([getattr(getattr(layer, part), name) for layer in self._layers()])
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab_out"]:
@@ -49,16 +44,6 @@ class WeightsMixin:
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """Token embedding. The parameter itself."""
         return self.embed.W_E  # type: ignore[attr-defined]
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """Position embedding; only models with learned positions have one. The parameter itself."""
-        return self.pos_embed.W_pos  # type: ignore[attr-defined]
-
-    @property
-    def W_E_pos(self) -> Float[Tensor, "d_vocab_plus_n_ctx d_model"]:
-        """W_E above W_pos: an overcomplete basis of what enters the first block."""
-        return torch.cat([self.W_E, self.W_pos])
 
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
@@ -139,6 +124,31 @@ class WeightsMixin:
     def n_params_total(self) -> int:
         """All parameters, embeddings, biases and norms included (``cfg.n_params`` counts fewer)."""
         return sum(p.numel() for p in self.parameters())  # type: ignore[attr-defined]
+
+
+class WeightsMixin(StackedWeights):
+    """Weight access of `HookedTransformer`: what only a model with ``blocks`` has."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name in ("pos_embed", "W_pos", "W_E_pos"):
+                raise AttributeError(
+                    f"{name}: this model has {self.cfg.positional_embedding_type} positions, which "
+                    f"are not learned, so it has no position embedding."
+                ) from None
+            raise
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """Position embedding; only models with learned positions have one. The parameter itself."""
+        return self.pos_embed.W_pos  # type: ignore[attr-defined]
+
+    @property
+    def W_E_pos(self) -> Float[Tensor, "d_vocab_plus_n_ctx d_model"]:
+        """W_E above W_pos: an overcomplete basis of what enters the first block."""
+        return torch.cat([self.W_E, self.W_pos])
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True

@@ -35,9 +35,33 @@ def kernels() -> dict[str, list[Kernel]]:
     return {op: sorted(ks, key=lambda k: -k.priority) for op, ks in sorted(found.items())}
 
 
-@functools.cache
+# What was chosen, by op, then device type and dtype. A compiler traces a look-up in a dict, and
+# cannot trace the choice.
+_CHOSEN: dict[str, dict[tuple[str, torch.dtype], Callable[..., Any]]] = {}
+
+
 def kernel_for(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
     """The function that runs ``op`` there: the best kernel that does not refuse."""
+    if torch.compiler.is_compiling():
+        _keep(op, device_type, dtype)
+    if op in _CHOSEN:
+        chosen = _CHOSEN[op].get((device_type, dtype))
+        if chosen is not None:
+            return chosen
+    _keep(op, device_type, dtype)
+    return _CHOSEN[op][device_type, dtype]
+
+
+def _keep(op: str, device_type: str, dtype: torch.dtype) -> None:
+    _CHOSEN.setdefault(op, {})[device_type, dtype] = choose(op, device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result does, which would load the compiler at import.
+_keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """The best kernel for ``op`` there, looked for anew."""
     for kernel in _of(op):
         if kernel.refuses(torch.device(device_type), dtype) is None:
             return kernel.fn

@@ -1,5 +1,6 @@
 """Activation patching: `sweep`, its metrics, and TransformerLens' ``patching`` module."""
 
+from fastlens.patching.codes import Codes, codes
 from fastlens.patching.execute import execute
 from fastlens.patching.get_act_patch import (
     AxisNames,
@@ -48,6 +49,7 @@ from fastlens.patching.sweep import sweep
 __all__ = [
     "AxisNames",
     "CleanCache",
+    "Codes",
     "CorruptedActivation",
     "Logits",
     "Patch",
@@ -55,6 +57,7 @@ __all__ = [
     "SweepPlan",
     "answer_logit",
     "answer_prob",
+    "codes",
     "cross_entropy",
     "execute",
     "generic_activation_patch",

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlens.errors import SweepError
+from fastlens.patching.codes import evaluating
 from fastlens.patching.evaluate import BASE_RUN, Evaluator, Values
 from fastlens.patching.folder import SweepFolder
 from fastlens.patching.hooked import HookedRuns, places_of
@@ -53,6 +54,7 @@ def execute(
             # Sums are cut up by threads: another number of them gives other last bits.
             stack.enter_context(_threads(int(folder.layout["threads"])))
         stack.enter_context(_quiet(plan.model, plan.gradients))
+        stack.enter_context(evaluating([m for codes in plan.codes for m in codes.modules()]))
         outcome = _Execution(plan, folder, progress).run()
         outcome.certificate.update(_certificate(plan, outcome, verify))
         scores = scores_of(plan, outcome)
@@ -152,6 +154,7 @@ class _Waves:
         self.wave = Wave(
             *(query.model, query.plan.frame, query.stem, query.sources, query.prompts.n_pos),
             keep_streams=len(query.plan.chunks) > 1,
+            codes=query.codes,
         )
         is_noising = query.direction == "noising"
         self.evaluator = Evaluator(
@@ -242,7 +245,7 @@ def hooked_runs(query: SweepPlan, runs: Sequence[Run]) -> HookedRuns:
                 f"nothing passes the hook point {name!r} in this model, so nothing can be patched "
                 f"there. A config flag may switch it off."
             )
-    return HookedRuns(model, query.base, query.prompts.mask, query.sources, other)
+    return HookedRuns(model, query.base, query.prompts.mask, query.sources, other, query.codes)
 
 
 def _clean_tokens(query: SweepPlan) -> Tensor:
@@ -348,12 +351,6 @@ def _threads(n: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet(model: PatchableModel, needs_gradients: bool) -> Iterator[None]:
     """No gradients and evaluation mode, put back as they were afterwards."""
-    training = [module for _, module in walk(model) if module.training]  # type: ignore[arg-type]
-    try:
-        for module in training:
-            module.training = False
-        with torch.set_grad_enabled(needs_gradients):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    modules = [module for _, module in walk(model)]  # type: ignore[arg-type]
+    with evaluating(modules), torch.set_grad_enabled(needs_gradients):
+        yield

@@ -7,7 +7,16 @@ prompts themselves.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    TypeAlias,
+    cast,
+    overload,
+    runtime_checkable,
+)
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +33,7 @@ from fastlens.patching.index_frames import (
     site_of,
 )
 from fastlens.patching.metrics import Metric
-from fastlens.patching.model import PatchableModel
+from fastlens.patching.model import HookableModel, PatchableModel
 from fastlens.patching.patch_setters import (
     CorruptedActivation,
     PatchedActivation,
@@ -102,7 +111,7 @@ class CleanCache(Protocol):
 
 @overload
 def generic_activation_patch(
-    model: PatchableModel,
+    model: HookableModel,
     corrupted_tokens: Tokens,
     clean_cache: CleanCache,
     patching_metric: PatchingMetric,
@@ -116,7 +125,7 @@ def generic_activation_patch(
 
 @overload
 def generic_activation_patch(
-    model: PatchableModel,
+    model: HookableModel,
     corrupted_tokens: Tokens,
     clean_cache: CleanCache,
     patching_metric: PatchingMetric,
@@ -130,7 +139,7 @@ def generic_activation_patch(
 
 
 def generic_activation_patch(
-    model: PatchableModel,
+    model: HookableModel,
     corrupted_tokens: Tokens,
     clean_cache: CleanCache,
     patching_metric: PatchingMetric,
@@ -184,17 +193,20 @@ def generic_activation_patch(
     )
     metric = _scalar(patching_metric, model)
     clean = {name: _clean_activation(clean_cache, name) for name in indices.hook_names.values()}
-    runs = _runs(corrupted_tokens, patch_setter, indices, clean, clean_cache)
+    runs = None
+    # Not encoders, which cannot start at a layer.
+    if isinstance(model, PatchableModel):
+        runs = _runs(corrupted_tokens, patch_setter, indices, clean, clean_cache)
     if runs is None:
         values = _one_by_one(model, corrupted_tokens, patch_setter, indices, clean, metric)
     else:
-        values = _planned(model, corrupted_tokens, runs, metric)
+        values = _planned(cast(PatchableModel, model), corrupted_tokens, runs, metric)
     output = _filled(model, indices, values)
     return (output, indices.frame) if return_index_df else output
 
 
 def _filled(
-    model: PatchableModel, indices: Indices, values: Float[Tensor, " run"]
+    model: HookableModel, indices: Indices, values: Float[Tensor, " run"]
 ) -> Float[Tensor, "..."]:
     output = torch.zeros(indices.shape, device=model.cfg.device)
     return output.copy_(values.detach().reshape(indices.shape))
@@ -322,7 +334,7 @@ def _planned(
 
 
 def _one_by_one(
-    model: PatchableModel,
+    model: HookableModel,
     tokens: Tensor,
     setter: PatchSetter,
     indices: Indices,
@@ -344,7 +356,7 @@ def _one_by_one(
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _scalar(metric: PatchingMetric, model: PatchableModel) -> Callable[[Any], Float[Tensor, ""]]:
+def _scalar(metric: PatchingMetric, model: HookableModel) -> Callable[[Any], Float[Tensor, ""]]:
     """The metric, its result checked: one number for the whole batch."""
     if isinstance(metric, Metric):
         if metric.normalize:
@@ -352,7 +364,7 @@ def _scalar(metric: PatchingMetric, model: PatchableModel) -> Callable[[Any], Fl
                 f"{metric.name} with normalize=True needs the logits of both runs, and a clean "
                 f"cache has none. Use normalize=False, or fastlens.patching.sweep."
             )
-        metric = metric.bind(model)
+        metric = metric.bind(cast(PatchableModel, model))
     called = _name(metric)
 
     def measured(logits: Any) -> Tensor:
@@ -444,7 +456,7 @@ _describe(
 
 
 def get_act_patch_attn_head_all_pos_every(
-    model: PatchableModel, corrupted_tokens: Tokens, clean_cache: CleanCache, metric: PatchingMetric
+    model: HookableModel, corrupted_tokens: Tokens, clean_cache: CleanCache, metric: PatchingMetric
 ) -> Float[Tensor, "patch_type layer head"]:
     """Heads' outputs, queries, keys, values and patterns, each patched at every position.
 
@@ -463,7 +475,7 @@ def get_act_patch_attn_head_all_pos_every(
 
 
 def get_act_patch_attn_head_by_pos_every(
-    model: PatchableModel, corrupted_tokens: Tokens, clean_cache: CleanCache, metric: PatchingMetric
+    model: HookableModel, corrupted_tokens: Tokens, clean_cache: CleanCache, metric: PatchingMetric
 ) -> Float[Tensor, "patch_type layer pos head"]:
     """Heads' outputs, queries, keys, values and patterns, each patched at one position.
 
@@ -484,7 +496,7 @@ def get_act_patch_attn_head_by_pos_every(
 
 
 def get_act_patch_block_every(
-    model: PatchableModel, corrupted_tokens: Tokens, clean_cache: CleanCache, metric: PatchingMetric
+    model: HookableModel, corrupted_tokens: Tokens, clean_cache: CleanCache, metric: PatchingMetric
 ) -> Float[Tensor, "patch_type layer pos"]:
     """The residual stream before each block, and attention's and the MLP's outputs, by position.
 
@@ -495,13 +507,15 @@ def get_act_patch_block_every(
 
 
 def _every(
-    model: PatchableModel,
+    model: HookableModel,
     tokens: Tensor,
     clean_cache: CleanCache,
     metric: PatchingMetric,
     parts: Sequence[partial[Any]],
 ) -> list[Tensor]:
     """The results of several patching functions, from one call of the engine."""
+    if not isinstance(model, PatchableModel):
+        return [part(model, tokens, clean_cache, metric) for part in parts]
     found, runs = [], []
     for part in parts:
         setter, activation_name, axes = (

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.errors import SweepError
+from fastlens.patching.codes import PlacedCodes
 from fastlens.patching.model import PatchableModel
 from fastlens.patching.runs import PlannedPatch, Run
 from fastlens.patching.sources import Source, applied
@@ -33,6 +34,7 @@ class HookedRuns:
         mask: Their attention mask, or None.
         sources: What `PlannedPatch.value` counts.
         other: Hook name -> the other prompt's activation there.
+        codes: What `PlannedPatch.codes` counts.
     """
 
     model: PatchableModel
@@ -40,6 +42,7 @@ class HookedRuns:
     mask: Int[Tensor, "batch pos"] | None
     sources: Sequence[Source]
     other: Mapping[str, Tensor]
+    codes: Sequence[PlacedCodes] = ()
 
     def alone(self, run: Run, *, materialise: bool = False) -> Float[Tensor, "batch pos d_vocab"]:
         """One run: the whole prompt, `run_with_hooks`, all logits.
@@ -136,11 +139,30 @@ class _PatchHook:
         self.fired = True
         patched = activation.clone()
         stack = patched.unflatten(0, (self.n_runs, -1))
+        coded: dict[tuple[int, int], list[PlannedPatch]] = {}
         for i, patch in self.patches:
+            if patch.codes is not None:
+                coded.setdefault((i, patch.codes), []).append(patch)
+                continue
             where = _product_index(patch, stack.shape[2:], activation.device)
             old = stack[i][where]
             stack[i][where] = applied(old, self._value(patch, old, where), patch.mode)
+        for (i, number), patches in coded.items():
+            stack[i] += self._change(stack[i], self.how.codes[number], patches)
         return patched
+
+    def _change(self, x: Tensor, codes: PlacedCodes, patches: list[PlannedPatch]) -> Tensor:
+        """What patched codes change of the activation of one run."""
+        flat = x.flatten(2)
+        found = codes.encode(flat)
+        edited, before = found.clone(), codes.decode(found)
+        for patch in patches:
+            where = _product_index(patch, edited.shape[1:], edited.device)
+            old = edited[where]
+            edited[where] = applied(old, self._value(patch, old, where), patch.mode)
+        # Some decode by what they last encoded.
+        codes.encode(flat)
+        return (codes.decode(edited) - before).to(x).view_as(x)
 
     def _value(self, patch: PlannedPatch, old: Tensor, where: tuple[Any, ...]) -> Any:
         source = self.how.sources[patch.value]
@@ -152,9 +174,10 @@ class _PatchHook:
         if source.kind == "cache":
             assert source.cache is not None
             return source.cache[patch.hook_name].to(old)[where]
-        found = self.how.other[patch.hook_name].to(old)
-        if found.shape[1:] != self.how.other[patch.hook_name].shape[1:]:
-            raise SweepError(f"{patch.hook_name} has another shape in the other prompt's run.")
+        found = self.how.other[patch.hook_name]
+        if patch.codes is not None:
+            found = self.how.codes[patch.codes].encode(found.flatten(2))
+        found = found.to(old)
         if source.kind == "resample":
             assert source.permutation is not None
             found = found[source.permutation.to(found.device)]

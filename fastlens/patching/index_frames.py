@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from fastlens.act_names import get_act_name
 from fastlens.errors import HookNameError, MissingDependencyError, PatchIndexError, did_you_mean
 from fastlens.patching import sites
-from fastlens.patching.model import PatchableModel
+from fastlens.patching.model import HookableModel
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -56,7 +56,7 @@ class Indices(NamedTuple):
 
 
 def indices_of(
-    model: PatchableModel,
+    model: HookableModel,
     n_pos: int,
     activation_name: str,
     index_axis_names: Sequence[str] | None = None,
@@ -107,7 +107,7 @@ def _product(lengths: Sequence[int]) -> list[list[int]]:
     return [list(row) for row in itertools.product(*(range(n) for n in lengths))]
 
 
-def _axis_lengths(model: PatchableModel, n_pos: int, activation_name: str) -> dict[str, int]:
+def _axis_lengths(model: HookableModel, n_pos: int, activation_name: str) -> dict[str, int]:
     cfg = model.cfg
     n_heads = cfg.n_heads
     site = site_of(get_act_name(activation_name, 0))
@@ -146,7 +146,7 @@ def _check_layer_first(names: Iterable[Any], argument: str) -> None:
         )
 
 
-def _hook_name(model: PatchableModel, activation_name: str, layer: Any) -> str:
+def _hook_name(model: HookableModel, activation_name: str, layer: Any) -> str:
     cfg, name = model.cfg, get_act_name(activation_name, str(layer))
     site, reason = site_of(name), None
     if name in model.hook_dict:
@@ -166,5 +166,6 @@ def _hook_name(model: PatchableModel, activation_name: str, layer: Any) -> str:
         near = did_you_mean(activation_name, [*has, *sites.ALIASES])
         reason = f"it has no hook point {name!r}.{near}".removesuffix(".")
     raise HookNameError(
-        f"this model has no activation {activation_name!r}: {reason}. It has {', '.join(has)}."
+        f"this model has no activation {activation_name!r}: {reason}. "
+        f"It has {sites.site_list(cfg, model.hook_dict)}."
     )

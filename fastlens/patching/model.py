@@ -6,6 +6,24 @@ from typing import Any, Protocol, runtime_checkable
 import torch.nn as nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastlens.errors import SweepError
+
+
+@runtime_checkable
+class HookableModel(Protocol):
+    """A hooked model of tokens to logits: `HookedEncoder`, for one."""
+
+    cfg: Any
+    hook_dict: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits."""
+        ...
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Output of one forward with hooks."""
+        ...
+
 
 @runtime_checkable
 class PatchableModel(Protocol):
@@ -55,7 +73,20 @@ class PatchableModel(Protocol):
         ...
 
 
-def modules_with_hooks(model: PatchableModel) -> list[str]:
+def check_patchable(model: Any) -> None:
+    """Refuse a model that lacks what a sweep needs, before it fails half-way.
+
+    Raises: SweepError that says what to do instead.
+    """
+    if not isinstance(model, PatchableModel):
+        raise SweepError(
+            f"a {type(model).__name__} cannot be swept: a sweep needs a model of one stack of "
+            f"blocks that can start at any of them, as HookedTransformer. Patch its activations "
+            f"with model.run_with_hooks."
+        )
+
+
+def modules_with_hooks(model: PatchableModel | nn.Module) -> list[str]:
     """Names of the modules that carry forward hooks now, whoever put them there."""
     assert isinstance(model, nn.Module)
     everywhere = ["every module (a global torch hook)"] if _has_any_global_hook() else []

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastlens.errors import SweepError, did_you_mean
+from fastlens.patching.codes import Codes, PlacedCodes, placed
 from fastlens.patching.model import PatchableModel
 from fastlens.patching.runs import FIELD_OF_AXIS, PlannedPatch, Run, Selection, chosen
 from fastlens.patching.sites import SITES, Site, find_site, n_heads
-from fastlens.patching.sources import Activations, Source
+from fastlens.patching.sources import WITHOUT_WIDTH, Activations, Source
 
 Value: TypeAlias = str | int | float | Tensor | Activations
 MODES = ("replace", "add", "scale")
@@ -27,11 +28,13 @@ class Patch:
     >>> steer = Patch("resid_post", 12, source=direction, mode="add")
 
     Attributes:
-        site, layer: The activation; a site is a name as in `sweep`, a layer may count from the end.
+        site, layer: The activation; a site is a name as in `sweep`, or the `codes` of an
+            autoencoder, which may know their layer. A layer may count from the end.
         pos: Positions (query positions of a pattern); None is all.
         head: Heads, KV heads for ``k`` and ``v``; None is all.
         neuron: Neurons of an MLP site; None is all.
         key_pos: Key positions of a pattern; None is all.
+        feature: Features of codes; None is all.
         source: Where the value comes from. ``"other"``: the other prompt, same example, same place.
             ``"zero"``. ``"mean"``: the mean over the other prompt's examples, place by place.
             ``"resample"``: the other prompt of another example, drawn once for the sweep.
@@ -41,18 +44,20 @@ class Patch:
             act on what the run holds there after its earlier patches.
     """
 
-    site: str
-    layer: int
+    site: str | Codes
+    layer: int | None = None
     pos: Selection = None
     head: Selection = None
     neuron: Selection = None
     key_pos: Selection = None
     source: Value = "other"
     mode: str = "replace"
+    feature: Selection = None
 
 
 class Sources:
-    """The sources that a sweep's patches name, each once; the first is the other prompt."""
+    """The sources and codes that a sweep's patches name, each once; the first source is the other
+    prompt."""
 
     def __init__(self, batch: int, n_pos: int, seed: int, *, keeps_graph: bool = False):
         self.batch = batch
@@ -60,6 +65,8 @@ class Sources:
         self.seed = seed
         self.keeps_graph = keeps_graph
         self.list: list[Source] = [Source("other", "the other prompt")]
+        self.codes: list[PlacedCodes] = []
+        self._known_codes: dict[tuple[int, str, int], int] = {}
         self._known: dict[Any, int] = {"other": 0}
         # Tensors and caches are known by identity, so none of them may go meanwhile.
         self._alive: list[Any] = []
@@ -75,6 +82,20 @@ class Sources:
             self._alive.append(value)
             self._known[key] = len(self.list) - 1
         return self._known[key]
+
+    def number_of_codes(self, codes: Codes, layer: int, model: PatchableModel) -> int:
+        """The number of the autoencoder at a layer, which is tried out if it is new.
+
+        Raises: SweepError if it does not fit the model.
+        """
+        sae = dict(zip(codes.layers(model.cfg.n_layers), codes.by_layer.values(), strict=True))[
+            layer
+        ]
+        key = id(sae), codes.site, layer
+        if key not in self._known_codes:
+            self.codes.append(placed(codes, layer, model))
+            self._known_codes[key] = len(self.codes) - 1
+        return self._known_codes[key]
 
     def _made(self, value: Any) -> Source:
         if isinstance(value, str):
@@ -125,12 +146,26 @@ def planned(patch: Any, model: PatchableModel, sources: Sources) -> PlannedPatch
     if not isinstance(patch, Patch):
         raise SweepError(f"a run is a Patch or a list of them; got {patch!r}.")
     cfg = model.cfg
-    layer = chosen(patch.layer, cfg.n_layers, "layer")[0]
-    site = find_site(patch.site, cfg, model.hook_dict, [layer])
+    layer, codes = patch.layer, patch.site if isinstance(patch.site, Codes) else None
+    if layer is None:
+        have = [] if codes is None else codes.layers(cfg.n_layers)
+        if len(have) != 1:
+            raise SweepError(
+                f"a Patch of {patch.site if codes is None else codes.name} needs layer=."
+            )
+        layer = have[0]
+    layer = chosen(layer, cfg.n_layers, "layer")[0]
     check_mode(patch.mode)
-    sizes = sizes_of(site, cfg, sources.n_pos)
-    arguments = {"pos": patch.pos, "head": patch.head, "neuron": patch.neuron}
     fields: dict[str, Any] = {}
+    if codes is None:
+        site = find_site(patch.site, cfg, model.hook_dict, [layer])  # type: ignore[arg-type]
+        sizes = sizes_of(site, cfg, sources.n_pos)
+    else:
+        site = codes.found_in(model, [layer])
+        fields["codes"] = sources.number_of_codes(codes, layer, model)
+        sizes = sizes_of(site, cfg, sources.n_pos, sources.codes[fields["codes"]].n_features)
+    arguments = {"pos": patch.pos, "head": patch.head, "neuron": patch.neuron}
+    arguments |= {"feature": patch.feature}
     for argument, selection in (*arguments.items(), ("key_pos", patch.key_pos)):
         if selection is None:
             continue
@@ -152,12 +187,13 @@ def check_mode(mode: str) -> None:
         raise SweepError(f"mode={mode!r} is none of {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
 
 
-def sizes_of(site: Site, cfg: Any, n_pos: int) -> dict[str, int]:
-    """Length of every axis a site may have."""
+def sizes_of(site: Site, cfg: Any, n_pos: int, n_features: int = 0) -> dict[str, int]:
+    """Length of every axis a site, or codes, may have."""
     return {
         **dict.fromkeys(("pos", "query_pos", "key_pos"), n_pos),
         "head": n_heads(site, cfg),
         "neuron": cfg.d_mlp or 0,
+        "feature": n_features,
     }
 
 
@@ -179,9 +215,9 @@ def check_source(
     if source.kind == "tensor":
         assert source.tensor is not None
         shape = [sources.batch]
-        for axis, index in zip(site.axes, patch.indices(), strict=True):
+        for axis, index in zip(patch.axes, patch.indices(), strict=True):
             shape.append(sizes[axis] if index is None else len(index))
-        if site.axes[-1] not in ("neuron", "key_pos"):
+        if patch.axes[-1] not in WITHOUT_WIDTH:
             in_heads = site.axes[-1] == "head" and not site.name.endswith(("_in", "_input"))
             in_heads = in_heads and site.name != "result"
             shape.append(model.cfg.d_head if in_heads else model.cfg.d_model)
@@ -190,11 +226,16 @@ def check_source(
         except RuntimeError as error:
             raise SweepError(
                 f"the source tensor {list(source.tensor.shape)} does not broadcast over what "
-                f"{patch.site} of layer {patch.layer} patches: [batch, {', '.join(site.axes)}"
-                f"{'' if len(shape) == 1 + len(site.axes) else ', width'}] = {shape}."
+                f"{patch.site} of layer {patch.layer} patches: [batch, {', '.join(patch.axes)}"
+                f"{'' if len(shape) == 1 + len(patch.axes) else ', width'}] = {shape}."
             ) from error
     elif source.kind == "cache":
         assert source.cache is not None
+        if patch.codes is not None:
+            raise SweepError(
+                "a cache holds activations, no codes. Encode what it holds and give the tensor "
+                f"[batch, {', '.join(patch.axes)}], or the part of it that is patched."
+            )
         if patch.hook_name not in source.cache.keys():  # noqa: SIM118
             raise SweepError(
                 f"the cache holds no {patch.hook_name}. Run model.run_with_cache with a "

@@ -131,11 +131,15 @@ class Profile(NamedTuple):
 
 
 def canonical(run: Run, n_layers: int, caches: Collection[int] = ()) -> tuple[PlannedPatch, ...]:
-    """The patches in the order of the forward; ``resid_post`` below the last layer is the next
-    layer's ``resid_pre``, but for the sources ``caches``, whose values go by the hook's name."""
+    """The patches in the order of the forward; at one place those of codes come last, each
+    autoencoder's together. ``resid_post`` below the last layer is the next layer's ``resid_pre``,
+    but for the sources ``caches``, whose values go by the hook's name."""
     patches = run.patches
     if len(patches) > 1:
-        patches = tuple(sorted(patches, key=lambda patch: (patch.layer, STAGE[patch.site])))
+        turns: dict[int | None, int] = {None: -1}
+        for patch in patches:
+            turns.setdefault(patch.codes, len(turns))
+        patches = tuple(sorted(patches, key=lambda p: (p.layer, STAGE[p.site], turns[p.codes])))
     aliased = {
         index
         for index, patch in enumerate(patches)

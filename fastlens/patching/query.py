@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fastlens.errors import SweepError, did_you_mean
 from fastlens.memory import bytes_of, free_bytes, said_bytes
+from fastlens.patching.codes import Codes, PlacedCodes
 from fastlens.patching.evaluate import Wants, keeping_all, merged, wants_of
 from fastlens.patching.framing import frame_of, stem_of
 from fastlens.patching.grid import Grid, given_runs, grid_of
 from fastlens.patching.metrics import Reading, reading_of
-from fastlens.patching.model import PatchableModel
+from fastlens.patching.model import PatchableModel, check_patchable
 from fastlens.patching.patch import Patch, Sources, Value
 from fastlens.patching.plan import COUNTED, MLP, QUERIES, NullTest, Plan, plan_runs, unplanned
 from fastlens.patching.prompts import Direction, Prompt, Prompts, prompt_record, prompts_of
@@ -45,6 +46,7 @@ class SweepPlan:
         is_several: Whether metrics were given as a list or dict.
         has_other: Whether the other prompt is run.
         gradients: Whether the scores keep their graph.
+        codes: What `PlannedPatch.codes` counts.
     """
 
     model: PatchableModel
@@ -64,6 +66,7 @@ class SweepPlan:
     is_several: bool = False
     has_other: bool = True
     gradients: bool = False
+    codes: Sequence[PlacedCodes] = ()
 
     @property
     def base(self) -> Tensor:
@@ -149,11 +152,17 @@ def explained(query: SweepPlan) -> str:
         f"{_counted(frame.batch, 'pair')} of {_counted(query.prompts.n_pos, 'token')}",
         f"strategy: {query.strategy.name}"
         + (f", because {query.strategy.because}" if query.strategy.because else ""),
+        *(f"codes: {codes.said}" for codes in query.codes),
     ]
     if not query.strategy.is_wave:
         return "\n".join(lines)
     lines.append(
         f"computed: {_counted(len(plan.order), 'run')} in {_counted(len(plan.chunks), 'chunk')}"
+        + (
+            " at most (a run that leaves all codes as they were takes no rows)"
+            if query.codes
+            else ""
+        )
     )
     said = {
         "null": "the new values are the old ones (the prompts agree so far, or values are equal)",
@@ -200,13 +209,14 @@ def plan(
     clean: Prompt,
     corrupted: Prompt,
     *,
-    sites: str | Sequence[str] = "resid_pre",
+    sites: str | Codes | Sequence[str | Codes] = "resid_pre",
     by: str | Sequence[str] | None = None,
     metric: Metrics,
     layers: Selection = None,
     positions: Selection = None,
     heads: Selection = None,
     neurons: Selection = None,
+    features: Selection = None,
     key_positions: Selection = None,
     window: int = 1,
     source: Value = "other",
@@ -225,6 +235,7 @@ def plan(
 
     Cost: the embedding of both prompts, and a few microseconds a run.
     """
+    check_patchable(model)
     if direction not in ("denoising", "noising"):
         raise SweepError(
             f"direction={direction!r} must be 'denoising' or 'noising'."
@@ -244,14 +255,15 @@ def plan(
     sources = Sources(prompts.batch, prompts.n_pos, seed, keeps_graph=gradients)
     if runs is not None:
         restricted = {"by": by, "layers": layers, "positions": positions, "heads": heads,
-                      "neurons": neurons, "key_positions": key_positions}  # fmt: skip
+                      "neurons": neurons, "features": features,
+                      "key_positions": key_positions}  # fmt: skip
         for name, given in restricted.items():
             if given is not None:
                 raise SweepError(f"{name}= goes with sites=; with runs= each Patch says its own.")
         grid = given_runs(model, runs, sources)
     else:
         restrictions = {"layer": layers, "pos": positions, "head": heads, "neuron": neurons,
-                        "key_pos": key_positions}  # fmt: skip
+                        "feature": features, "key_pos": key_positions}  # fmt: skip
         grid = grid_of(
             *(model, prompts, sites, by, restrictions, sources),
             source=source,
@@ -266,6 +278,7 @@ def plan(
         record=record,
         is_several=is_several,
         gradients=gradients,
+        codes=sources.codes,
     )
 
 
@@ -284,6 +297,7 @@ def framed(
     has_other: bool = True,
     nulls: Mapping[int, NullTest] | None = None,
     gradients: bool = False,
+    codes: Sequence[PlacedCodes] = (),
 ) -> SweepPlan:
     """The plan of runs whose patches are already integers.
 
@@ -296,7 +310,7 @@ def framed(
         wants_of(reading, prompts.n_pos, cfg.d_vocab_out, cfg.dtype, device) for reading in readings
     ]
     positions, columns = merged(wants, prompts.n_pos, cfg.d_vocab_out)
-    strategy = strategy_of(model, needs_gradients=gradients)
+    strategy = strategy_of(model, needs_gradients=gradients, codes=codes)
     base, other = prompts.base_and_source(direction)
     with torch.no_grad():
         stem, first = stem_of(model, base, other if has_other else None, prompts.mask)
@@ -325,6 +339,7 @@ def framed(
         is_several=is_several,
         has_other=has_other,
         gradients=gradients,
+        codes=codes,
     )
 
 

@@ -20,7 +20,8 @@ def key_of(query: SweepPlan) -> dict[str, Any]:
     logits that are drawn from a fixed seed.
     """
     prompts = query.prompts
-    return {
+    codes = {"codes": [codes.record() for codes in query.codes]} if query.codes else {}
+    return codes | {
         "clean_tokens": prompts.clean.tolist(),
         "corrupted_tokens": prompts.corrupted.tolist(),
         "attention_mask": None if prompts.mask is None else prompts.mask.tolist(),

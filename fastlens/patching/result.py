@@ -49,7 +49,8 @@ class Outcome:
 
 def tolerance_of(query: SweepPlan, outcome: Outcome, metric: int) -> float:
     """Largest difference between two ways to make a run that rounding may cause."""
-    tolerance = TOLERANCE.get(query.model.cfg.dtype, TOLERANCE[torch.float32])
+    dtypes = [query.model.cfg.dtype, *(codes.like.dtype for codes in query.codes)]
+    tolerance = max(TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in dtypes)
     gap = abs(outcome.gap(query, metric))
     largest = float(outcome.base[metric].detach().double().abs().max())
     # A metric of large numbers, such as a sum of logits, has a small gap and large rounding.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from fastlens.errors import SweepError
-from fastlens.patching.sites import SITES, Site
+from fastlens.patching.sites import PER_FEATURE, SITES, Site
 
 Selection: TypeAlias = int | slice | Sequence[int] | None
 # Along one axis of an activation: all of it, or these entries.
@@ -17,6 +17,7 @@ FIELD_OF_AXIS = {
     "key_pos": "keys",
     "head": "columns",
     "neuron": "columns",
+    "feature": "columns",
 }
 
 
@@ -26,10 +27,12 @@ class PlannedPatch(NamedTuple):
     Attributes:
         site, layer: The activation; ``site`` is a key of `fastlens.patching.sites.SITES`.
         pos: Positions that are patched (query positions of a pattern); None is all.
-        columns: Heads or neurons that are patched; None is all.
+        columns: Heads, neurons or features that are patched; None is all.
         keys: Key positions of a pattern that are patched; None is all.
         value: Where the new value comes from: an index into the sweep's list of sources.
         mode: ``"replace"``, ``"add"`` or ``"scale"``.
+        codes: Of an autoencoder's codes there, its number in the sweep's list of them; None is the
+            activation itself.
     """
 
     site: str
@@ -39,6 +42,12 @@ class PlannedPatch(NamedTuple):
     keys: Index = None
     value: int = 0
     mode: str = "replace"
+    codes: int | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What is patched is indexed by these, after the batch axis."""
+        return SITES[self.site].axes if self.codes is None else PER_FEATURE
 
     @property
     def hook_name(self) -> str:
@@ -46,8 +55,8 @@ class PlannedPatch(NamedTuple):
         return SITES[self.site].hook_name(self.layer)
 
     def indices(self) -> tuple[Index, ...]:
-        """What is patched along each axis of the site."""
-        return tuple(getattr(self, FIELD_OF_AXIS[axis]) for axis in SITES[self.site].axes)
+        """What is patched along each of `axes`."""
+        return tuple(getattr(self, FIELD_OF_AXIS[axis]) for axis in self.axes)
 
 
 class Run(NamedTuple):
@@ -93,6 +102,7 @@ def runs_of(
     window: int = 1,
     value: int = 0,
     mode: str = "replace",
+    codes: Mapping[int, int] | None = None,
 ) -> list[Run]:
     """One run for each combination of the indices along ``by``, in the order of ``by``.
 
@@ -105,6 +115,7 @@ def runs_of(
         window: Layers patched together around the swept one, as many below as above, the odd one
             below (Meng et al. 2202.05262); cut off at the ends.
         value, mode: Of every patch.
+        codes: Number of each layer's autoencoder, for a site of codes.
     """
     rest = {
         FIELD_OF_AXIS[axis]: tuple(restricted[axis]) for axis in site.axes if axis in restricted
@@ -123,9 +134,11 @@ def runs_of(
     found = []
     for layer_cell, layer in enumerate(indices["layer"]):
         layers = range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
+        numbers = [(one, None if codes is None else codes[one]) for one in layers]
         for cells, (pos, columns, keys) in places:
             patches = tuple(
-                PlannedPatch(site.name, one, pos, columns, keys, value, mode) for one in layers
+                PlannedPatch(site.name, one, pos, columns, keys, value, mode, number)
+                for one, number in numbers
             )
             cell = (*cells[:at_layer], layer_cell, *cells[at_layer:])
             found.append(Run(cell_start + cell, patches))

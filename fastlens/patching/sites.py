@@ -10,6 +10,7 @@ POS = ("pos",)
 PER_HEAD = ("pos", "head")
 PER_PAIR = ("head", "query_pos", "key_pos")
 PER_NEURON = ("pos", "neuron")
+PER_FEATURE = ("pos", "feature")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ STAGES = (
 BY_ENTRY = frozenset(
     ("attn_in", "q_input", "k_input", "v_input", "attn_scores", "pattern", "result")
 )
+# Sites that an autoencoder can read: one vector at each position, the heads of z laid end to end.
+CODED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 _REACH = {
     "resid_pre": "stream",
     "attn_in": "both",
@@ -159,6 +162,13 @@ def available_sites(cfg: Any, hook_names: Collection[str]) -> list[str]:
     return [s.name for s in SITES.values() if missing_because(s, cfg, hook_names, layers) is None]
 
 
+def site_list(cfg: Any, hook_names: Collection[str]) -> str:
+    """`available_sites` for an error's sentence."""
+    return (
+        ", ".join(available_sites(cfg, hook_names)) or "no sites: it has no hook points in blocks"
+    )
+
+
 def find_site(name: str, cfg: Any, hook_names: Collection[str], layers: Sequence[int]) -> Site:
     """The site of that name (``post`` is ``mlp_post``; ``hook_`` in front is allowed).
 
@@ -169,13 +179,12 @@ def find_site(name: str, cfg: Any, hook_names: Collection[str], layers: Sequence
     if site is None:
         raise SweepError(
             f"no site {name!r}.{did_you_mean(plain, [*SITES, *ALIASES])} "
-            f"This model has {', '.join(available_sites(cfg, hook_names))}."
+            f"This model has {site_list(cfg, hook_names)}."
         )
     reason = missing_because(site, cfg, hook_names, layers)
     if reason is not None:
         raise SweepError(
-            f"this model has no {site.name}: {reason}. "
-            f"It has {', '.join(available_sites(cfg, hook_names))}."
+            f"this model has no {site.name}: {reason}. It has {site_list(cfg, hook_names)}."
         )
     return site
 

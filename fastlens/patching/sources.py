@@ -11,6 +11,9 @@ from torch import Tensor
 from fastlens.patching.sites import SITES
 from fastlens.patching.uses import Entries
 
+# Axes that come last where they come: nothing but an index of numbers.
+WITHOUT_WIDTH = ("neuron", "feature", "key_pos")
+
 
 @runtime_checkable
 class Activations(Protocol):
@@ -90,6 +93,7 @@ class Source:
         example: Int[Tensor, " entry"],
         sizes: Mapping[str, int],
         like: Tensor,
+        axes: tuple[str, ...] | None = None,
     ) -> Any:
         """The value where it is a number, a tensor or a cache: a number, or one row an entry.
 
@@ -97,17 +101,18 @@ class Source:
             example: Of each entry.
             sizes: Length of every axis of the site, and ``"width"``.
             like: A tensor of the dtype and device wanted.
+            axes: Of what is patched, where they are not the site's own.
         """
         if self.kind == "number":
             return self.number
-        axes = SITES[site].axes
+        axes = axes or SITES[site].axes
         if self.kind == "tensor":
             assert self.tensor is not None
             n_pos, n_columns, n_keys = entries.selected
             chosen = {"pos": n_pos, "query_pos": n_pos, "key_pos": n_keys}
-            chosen |= {"head": n_columns, "neuron": n_columns}
+            chosen |= dict.fromkeys(("head", "neuron", "feature"), n_columns)
             shape = [chosen[axis] or sizes[axis] for axis in axes]
-            if axes[-1] not in ("neuron", "key_pos"):
+            if axes[-1] not in WITHOUT_WIDTH:
                 shape.append(sizes["width"])
             region = self.tensor.to(like).expand(sizes["batch"], *shape)
             pos, column = entries.pos_rank, entries.column_rank

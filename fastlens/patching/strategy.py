@@ -1,11 +1,13 @@
 """Which of the exact ways to run a sweep a model allows, best first, and why not a better one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn as nn
 
 from fastlens.components.rows import foreign_part
 from fastlens.model.hooked_transformer import HookedTransformer
+from fastlens.patching.codes import PlacedCodes
 from fastlens.patching.model import PatchableModel, modules_with_hooks, walk
 
 WAVE = "wave"
@@ -38,7 +40,9 @@ class Strategy:
         return self.name in (WAVE, LAYER_SKIP)
 
 
-def strategy_of(model: PatchableModel, *, needs_gradients: bool = False) -> Strategy:
+def strategy_of(
+    model: PatchableModel, *, needs_gradients: bool = False, codes: Sequence[PlacedCodes] = ()
+) -> Strategy:
     """The best exact way for this model as it is now."""
     if needs_gradients:
         return Strategy(ALONE, "gradients were asked for")
@@ -46,6 +50,10 @@ def strategy_of(model: PatchableModel, *, needs_gradients: bool = False) -> Stra
     hooked = modules_with_hooks(model)
     if hooked:
         return Strategy(ALONE, f"hooks are on {len(hooked)} modules, first {hooked[0]}")
+    for one in codes:
+        hooked = modules_with_hooks(one.sae) if isinstance(one.sae, nn.Module) else []
+        if hooked:
+            return Strategy(ALONE, f"hooks are on {hooked[0]} of the autoencoder at {one.hook}")
     odd = _odd_tree(model)
     if odd is not None:
         return Strategy(ALONE, odd)

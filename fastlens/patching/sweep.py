@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlens.patching.codes import Codes
 from fastlens.patching.equal import equality
 from fastlens.patching.execute import Verify, execute
 from fastlens.patching.grid import given_runs
@@ -24,13 +25,14 @@ def sweep(
     clean: Prompt,
     corrupted: Prompt,
     *,
-    sites: str | Sequence[str] = "resid_pre",
+    sites: str | Codes | Sequence[str | Codes] = "resid_pre",
     by: str | Sequence[str] | None = None,
     metric: Metrics,
     layers: Selection = None,
     positions: Selection = None,
     heads: Selection = None,
     neurons: Selection = None,
+    features: Selection = None,
     key_positions: Selection = None,
     window: int = 1,
     source: Value = "other",
@@ -60,18 +62,20 @@ def sweep(
             padded on the left and masked: position -1 is each prompt's last token.
         sites: What is patched: ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``,
             ``mlp_out``, ``z``, ``q``, ``k``, ``v``, ``pattern``, ``mlp_post`` and the others of
-            `fastlens.patching.sites.SITES`. A list gives scores with a first axis ``site``. Under
-            grouped attention the heads of ``k`` and ``v`` are KV heads.
+            `fastlens.patching.sites.SITES`; or the `codes` of sparse autoencoders, feature by
+            feature. A list gives scores with a first axis ``site``. Under grouped attention the
+            heads of ``k`` and ``v`` are KV heads.
         by: The axes of the scores, ``layer`` among them; an axis of the activation that is not in
             ``by`` is patched whole. By default ``("layer", "pos")``, for per-head sites
-            ``("layer", "head")``; ``pattern`` also has ``query_pos`` and ``key_pos``.
+            ``("layer", "head")``; ``pattern`` also has ``query_pos`` and ``key_pos``, MLP sites
+            ``neuron``, codes ``feature``.
         metric: One of `logit_diff`, `answer_logit`, `answer_prob`, `kl_divergence`,
             `cross_entropy`, or a pure function of the logits ``[batch, pos, d_vocab]`` that returns
             a scalar or ``[batch]``. A list or dict of several gives a first axis ``metric``. Only
             the logits that a function looks at are computed.
-        layers, positions, heads, neurons, key_positions: Restrict the sweep: an index, several, or
-            a slice; negative ones count from the end. For an axis outside ``by``, the patch covers
-            only these. For ``pattern``, positions are query positions.
+        layers, positions, heads, neurons, features, key_positions: Restrict the sweep: an index,
+            several, or a slice; negative ones count from the end. For an axis outside ``by``, the
+            patch covers only these. For ``pattern``, positions are query positions.
         window: Layers patched together around each layer: 10 as Meng et al. do.
         source, mode: Where new values come from and what is done with them, as in `Patch`:
             ``source="zero"`` or ``"mean"`` ablates, a tensor with ``mode="add"`` steers.
@@ -119,6 +123,7 @@ def sweep(
         positions=positions,
         heads=heads,
         neurons=neurons,
+        features=features,
         key_positions=key_positions,
         window=window,
         source=source,
@@ -161,6 +166,7 @@ def patched_metrics(
         *(model, prompts, grid, sources.list, [reading], "denoising"),
         has_other=False,
         nulls=equality(model, tokens, grid.runs, sources.list),
+        codes=sources.codes,
     )
     scores = execute(query, verify=verify, progress=progress)
     return scores.values if scores.per_example is None else scores.per_example.T.contiguous()

@@ -15,12 +15,13 @@ class Entries(NamedTuple):
 
     Attributes:
         branch, pos: Whose, and where.
-        column: Head or neuron of each entry, or None where whole rows are patched.
+        column: Head, neuron or feature of each entry, or None where whole rows are patched.
         pos_rank, column_rank: Which of the patch's own selection it is, for values given as a
             tensor over that selection.
         selected: How many positions, columns and keys the patches select; None is all.
         keys: Key positions, for patterns; None is all.
-        value, mode: As in `PlannedPatch`.
+        value, mode, codes: As in `PlannedPatch`.
+        turn: Which come first at a place; those of one autoencoder's codes in a turn act together.
     """
 
     branch: np.ndarray
@@ -32,6 +33,8 @@ class Entries(NamedTuple):
     keys: tuple[int, ...] | None
     value: int
     mode: str
+    codes: int | None = None
+    turn: int = 0
 
     def only(self, which: np.ndarray) -> "Entries":
         """Some of the entries."""
@@ -81,13 +84,13 @@ def uses_of(plan: Plan, chunk: Chunk) -> ChunkUse:
     groups: dict[tuple[int, int], dict[str, dict[tuple, _Growing]]] = {}
     for branch, (_, at, example) in enumerate(branches):
         branch_of[at, example] = branch
-        seen: dict[tuple[str, int], int] = {}
+        seen: dict[tuple[str, int], _Turn] = {}
         patches = plan.patches[chunk.runs[at]]
         for patch, mask in zip(patches, live_masks(frame, patches, example), strict=True):
             if not mask:
                 continue
             place = patch.site, patch.layer
-            rank = seen[place] = seen.get(place, -1) + 1
+            rank = seen[place] = seen.get(place, _FIRST).next(patch.codes)
             stage = SITES[patch.site].stage
             at_site = groups.setdefault((patch.layer, stage), {}).setdefault(patch.site, {})
             columns = patch.columns
@@ -111,7 +114,25 @@ def _length(index: Index) -> int | None:
     return None if index is None else len(index)
 
 
-def _rank(item: tuple[tuple, "_Growing"]) -> int:
+class _Turn(NamedTuple):
+    """When a patch acts among those of its branch and place: turn, number of the autoencoder (-1
+    for none), and order within the two."""
+
+    turn: int
+    codes: int
+    order: int
+
+    def next(self, codes: int | None) -> "_Turn":
+        """Of the next patch of the branch at the place."""
+        if codes is not None and codes == self.codes:
+            return self._replace(order=self.order + 1)
+        return _Turn(self.turn + 1, -1 if codes is None else codes, 0)
+
+
+_FIRST = _Turn(-1, -1, 0)
+
+
+def _rank(item: tuple[tuple, "_Growing"]) -> _Turn:
     return item[0][0]
 
 
@@ -125,7 +146,7 @@ class _Growing:
         self.uses.append((branch, pos, columns, mask))
 
     def entries(self, key: tuple) -> Entries:
-        _, value, mode, whole, keys, selected = key
+        turn, value, mode, whole, keys, selected = key
         branch: list[int] = []
         pos: list[int] = []
         pos_rank: list[int] = []
@@ -152,4 +173,6 @@ class _Growing:
             keys=keys,
             value=value,
             mode=mode,
+            codes=None if turn.codes < 0 else turn.codes,
+            turn=turn.turn,
         )

@@ -6,6 +6,7 @@ patch is in the layer join there. See `fastlens.patching.pack` for how rows are 
 `fastlens.patching.plan` for which runs are here at all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastlens.patching.codes import PlacedCodes
 from fastlens.patching.pack import Pack
 from fastlens.patching.plan import COUNTED, Frame
 from fastlens.patching.sources import Source
@@ -67,6 +69,7 @@ class Wave:
         n_all_pos: Positions of the prompts; ``frame.n_pos`` may be fewer.
         streams: Layer -> the stems' own rows as they enter it.
         keep_streams: Whether to fill ``streams``, for chunks whose runs join at later layers.
+        codes: What `PlannedPatch.codes` counts.
         pack: Which packed row is whose, as of now.
         n_stems: Branches of base runs and other prompts, which come first.
         stem_of: The stem whose masks and positions are a branch's.
@@ -80,6 +83,7 @@ class Wave:
     n_all_pos: int
     streams: dict[int, Tensor] = field(default_factory=dict)
     keep_streams: bool = False
+    codes: Sequence[PlacedCodes] = ()
     pack: Pack = field(init=False)
     n_stems: int = field(init=False, default=0)
     stem_of: Int[Tensor, " branch"] = field(init=False)

@@ -1,6 +1,7 @@
 """One layer of the wave: where runs join, what is patched, and which rows each product sees."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,11 +20,13 @@ from fastlens.components.rows import (
 )
 from fastlens.kernels.reference import score_rows
 from fastlens.ops.attention import attention
+from fastlens.patching.codes import PlacedCodes
 from fastlens.patching.pack import Pack, Span, regrouped, spans_of
 from fastlens.patching.plan import Frame
 from fastlens.patching.sites import CHANGING_KEYS, SITES
 from fastlens.patching.sources import Source, applied
 from fastlens.patching.uses import ChunkUse, Entries
+from fastlens.patching.wave_codes import patch_codes
 
 # Keys and values that one piece of attention gathers, bytes.
 GATHER_BYTES = 24 * 2**20
@@ -37,6 +40,7 @@ class Surroundings(Protocol):
 
     frame: Frame
     sources: list[Source]
+    codes: Sequence[PlacedCodes]
     n_all_pos: int
     n_stems: int
     pack: Pack
@@ -72,26 +76,28 @@ class WaveLayer:
         """The stream behind the layer, of the rows that are in the pack then."""
         self.rows = {"x": x}
         self._join("resid_pre")
-        self._patch("resid_pre", self.rows["x"].unsqueeze(1))
+        self._patch_rows("resid_pre", "x")
         in_stream = self.pack.own.clone()
         self._project()
         self._attend(in_stream)
         self._write_attention()
         if not self.frame.is_attn_only:
             self._mlp(in_stream)
-        x = self.rows["x"]
         self._join("resid_post")
-        x = self.rows["x"]
-        self._patch("resid_post", x.unsqueeze(1))
-        return x
+        self._patch_rows("resid_post", "x")
+        return self.rows["x"]
 
     # -- who patches what --------------------------------------------------------------------
 
-    def _entries(self, site: str) -> list[Entries]:
+    def _steps(self, site: str) -> list[Entries]:
         at_stage = self.use.entries.get((self.layer, SITES[site].stage))
         return at_stage.get(site, []) if at_stage else []
 
-    def _place(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _entries(self, site: str) -> list[Entries]:
+        return [entries for entries in self._steps(site) if entries.codes is None]
+
+    def place(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Branch, position and column of each entry."""
         device = self.pack.table.device
         branch = torch.from_numpy(entries.branch).to(device) + self.wave.n_stems
         pos = torch.from_numpy(entries.pos).to(device)
@@ -103,11 +109,14 @@ class WaveLayer:
         wanted = None
         for site in sites:
             for entries in self._entries(site):
-                branch, pos, _ = self._place(entries)
+                branch, pos, _ = self.place(entries)
                 mask = self.pack.mask(branch, pos)
                 wanted = mask if wanted is None else wanted | mask
-        if wanted is None:
-            return
+        if wanted is not None:
+            self.own(wanted)
+
+    def own(self, wanted: Bool[Tensor, "branch pos"]) -> None:
+        """Give branches rows of their own, copies of what they had."""
         copied = self.pack.missing(wanted)
         if len(copied):
             for name, rows in self.rows.items():
@@ -118,7 +127,7 @@ class WaveLayer:
     ) -> Any:
         """The value the source gives; ``read(branches)`` are other branches' values there."""
         source = self.wave.sources[entries.value]
-        branch, _, _ = self._place(entries)
+        branch, _, _ = self.place(entries)
         example = self.pack.example[branch]
         if source.reads_other:
             batch = self.frame.batch
@@ -141,21 +150,39 @@ class WaveLayer:
         # Whole rows are [entry, column, width]; sites without columns have one.
         return new.reshape(len(example), *like.shape[1:])
 
-    def _patch(self, site: str, rows: Tensor, some: tuple[Tensor, Tensor] | None = None) -> None:
+    def _patch_rows(self, site: str, name: str) -> None:
+        """Patch a site of whole rows, which go by ``name``: the activation, and codes of it."""
+        for (_, number), steps in itertools.groupby(
+            self._steps(site), key=lambda entries: (entries.turn, entries.codes)
+        ):
+            if number is None:
+                rows = self.rows[name]
+                self._patch(site, rows.unsqueeze(1) if rows.ndim == 2 else rows, list(steps))
+            else:
+                patch_codes(self, name, self.wave.codes[number], list(steps))
+
+    def _patch(
+        self,
+        site: str,
+        rows: Tensor,
+        steps: list[Entries] | None = None,
+        some: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Write every patch of a site into its packed rows ``[row, column, width]``.
 
         Args:
+            steps: Which patches, if not all.
             some: None if ``rows`` are all packed rows. Else where each packed row stands in them,
                 and which packed rows are to be patched.
         """
-        for entries in self._entries(site):
-            branch, pos, column = self._place(entries)
+        for entries in self._entries(site) if steps is None else steps:
+            branch, pos, column = self.place(entries)
             if some is not None:
                 here = some[1][self.pack.table[branch, pos]]
                 if not bool(here.any()):
                     continue
                 entries = entries.only(here.cpu().numpy())
-                branch, pos, column = self._place(entries)
+                branch, pos, column = self.place(entries)
 
             def at(of: Tensor, pos: Tensor = pos, column: Tensor | None = column) -> Any:
                 row = self.pack.table[of, pos]
@@ -183,7 +210,7 @@ class WaveLayer:
         n_pos, n_heads = self.frame.n_pos, self.frame.n_heads
         codes = []
         for entries in groups:
-            branch, pos, head = self._place(entries)
+            branch, pos, head = self.place(entries)
             assert head is not None
             codes.append((branch * n_pos + pos) * n_heads + head)
         every = torch.cat(codes).unique()
@@ -294,7 +321,7 @@ class WaveLayer:
         changed_keys = in_stream.clone()
         for site in CHANGING_KEYS:
             for entries in self._entries(site):
-                branch, pos, _ = self._place(entries)
+                branch, pos, _ = self.place(entries)
                 changed_keys[branch, pos] = True
         if self.frame.is_causal:
             after = changed_keys.cumsum(1) > 0
@@ -382,7 +409,7 @@ class WaveLayer:
     def _write_attention(self) -> None:
         """Heads' outputs into the stream: z, result, attn_out and resid_mid."""
         self._join("z")
-        self._patch("z", self.rows["z"])
+        self._patch_rows("z", "z")
         self._join("result")
         extra = self._patch_result()
         self.counts[2] = len(self.pack)
@@ -394,12 +421,12 @@ class WaveLayer:
             out = normalized(self.block.ln1_post, out)
         self.rows["attn_out"] = out
         self._join("attn_out")
-        self._patch("attn_out", self.rows["attn_out"].unsqueeze(1))
+        self._patch_rows("attn_out", "attn_out")
         if not self.frame.is_parallel:
             # Attention gathered these rows, so nobody else holds them.
             self.rows["x"].add_(self.rows.pop("attn_out"))
             self._join("resid_mid")
-            self._patch("resid_mid", self.rows["x"].unsqueeze(1))
+            self._patch_rows("resid_mid", "x")
 
     def _patch_result(self) -> tuple[Tensor, Tensor] | None:
         """Single heads' writes: taken out of z, patched, and handed back to be added."""
@@ -426,7 +453,7 @@ class WaveLayer:
         patched = torch.zeros(len(pack), dtype=torch.bool, device=x.device)
         for site in inside:
             for entries in self._entries(site):
-                branch, pos, _ = self._place(entries)
+                branch, pos, _ = self.place(entries)
                 patched[pack.table[branch, pos]] = True
         computed = torch.ones_like(patched)
         if self.frame.is_parallel:
@@ -434,7 +461,7 @@ class WaveLayer:
         self.counts[3] = int(computed.sum())
         hidden = self.frame.d_mlp * (2 + self.frame.is_gated) * x.element_size()
         size = max(64, HIDDEN_BYTES // hidden)
-        if not (self.frame.is_parallel or self._entries("mlp_out") or bool(patched.any())):
+        if not (self.frame.is_parallel or self._steps("mlp_out") or bool(patched.any())):
             for rows in x.split(size):
                 rows.add_(self._mlp_rows(rows, None, False))
             return
@@ -452,7 +479,7 @@ class WaveLayer:
                 out[kept] = out[base]
         self.rows["mlp_out"] = out
         self._join("mlp_out")
-        self._patch("mlp_out", self.rows["mlp_out"].unsqueeze(1))
+        self._patch_rows("mlp_out", "mlp_out")
         x = self.rows["x"]
         if self.frame.is_parallel:
             x = x + self.rows.pop("attn_out")
@@ -481,11 +508,11 @@ class WaveLayer:
         if is_patched and self._entries("mlp_in"):
             # The stream itself is not patched, only what the MLP reads of it.
             x = x.clone()
-            self._patch("mlp_in", x.unsqueeze(1), some)
+            self._patch("mlp_in", x.unsqueeze(1), some=some)
         h = normalized(block.ln2, x)
 
         def edit(site: str, activation: Tensor) -> None:
-            self._patch(site, activation.unsqueeze(2), some)
+            self._patch(site, activation.unsqueeze(2), some=some)
 
         out = mlp_output(block.mlp, h, edit if is_patched else None)
         if self.attn.cfg.use_normalization_before_and_after:

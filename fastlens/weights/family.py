@@ -6,7 +6,7 @@ that lists it all, because an ignored attribute or tensor is a model that is sil
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ HARMLESS = frozenset(
     unsloth_version use_cache
     """.split()
 )
+# Parts of ours whose tensors stand outside the base model, so without its prefix.
+_HEADS = ("unembed", "mlm_head", "nsp_head")
 MAX_LISTED = 30
 
 
@@ -46,10 +48,10 @@ class Key:
     """One tensor of a checkpoint: its axes there, and the parameters it becomes.
 
     ``axes`` names sizes of the config (``d_model d_mlp d_vocab n_ctx``) and of the heads: ``heads``
-    and ``kv_heads`` are ``n * d_head``, ``qkv`` is three times ``heads``. ``into`` may be several
-    names, or none (read, checked by ``view`` and dropped); ``{l}`` is the layer, ``{kv}`` an
-    underscore where key-value heads are grouped. ``when`` names a config attribute without which
-    the tensor does not exist.
+    and ``kv_heads`` are ``n * d_head``, ``qkv`` is three times ``heads``; ``two`` is 2. ``into``
+    may be several names, or none (read, checked by ``view`` and dropped); ``{l}`` is the layer,
+    ``{kv}`` an underscore where key-value heads are grouped. ``when`` names a config attribute
+    without which the tensor does not exist.
     """
 
     axes: str
@@ -103,6 +105,9 @@ class Family:
     ``keys``: tensor name without prefix -> `Key`, or None for a known buffer that is dropped.
     ``aliases``: TransformerLens' names -> hub repositories.
     ``checkpoints``: repository -> (revision pattern, steps), or None if it has no checkpoints.
+    ``model_class``: the class of ours that loads it.
+    ``optional``: parts of our model that a checkpoint may lack as a whole (task heads), each as
+    the first words of its parameters' names.
     """
 
     name: str
@@ -123,6 +128,8 @@ class Family:
     default_prepend_bos: bool = True
     gguf: Mapping[str, Gguf] = field(default_factory=dict)
     checkpoints: Callable[[str], tuple[str, Sequence[int]] | None] | None = None
+    model_class: str = "HookedTransformer"
+    optional: tuple[tuple[str, ...], ...] = ()
 
     def hub_names(self) -> set[str]:
         """Every repository the family knows by name."""
@@ -204,14 +211,19 @@ class Family:
                 problems.append(f"wrong shape: {name} is {list(shape)}, expected {list(expected)}")
             covered.update(key.targets(layer, grouped))
             self._enter(plan, name, key, layer, grouped)
-        if "unembed.W_U" not in covered and config.get("tie_word_embeddings", self.ties_by_default):
+        wholly_absent = absent_parts(self.optional, covered)
+        if (
+            "unembed.W_U" not in covered
+            and "unembed" not in wholly_absent
+            and config.get("tie_word_embeddings", self.ties_by_default)
+        ):
             self._tie(plan)
             covered.add("unembed.W_U")
-        problems += self._missing(wanted, covered, grouped)
+        problems += self._missing(wanted, covered, grouped, wholly_absent)
         if problems:
             raise WeightsError(_listing(self.name, problems))
         order = ["unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))]
-        return {group: plan[group] for group in order}
+        return {group: self._first_names(plan[group]) for group in order if group in plan}
 
     def _pattern(self, name: str) -> tuple[str, int | None]:
         """A tensor's name without prefix and with ``{l}`` for its layer, and that layer."""
@@ -231,15 +243,20 @@ class Family:
             yield from ((pattern, layer) for layer in layers)
 
     def _missing(
-        self, wanted: Iterable[tuple[str, int | None]], covered: set[str], grouped: bool
+        self,
+        wanted: Iterable[tuple[str, int | None]],
+        covered: set[str],
+        grouped: bool,
+        absent: Collection[str],
     ) -> list[str]:
         missing = {}
         for pattern, layer in wanted:
             key = self.keys[pattern]
             assert key is not None
             for target in key.targets(layer, grouped):
-                if target not in covered:
-                    prefix = "" if target == "unembed.W_U" else self.prefix
+                part = target.split(".")[0]
+                if target not in covered and part not in absent:
+                    prefix = "" if part in _HEADS else self.prefix
                     # Two names may give one parameter; the first is today's.
                     missing.setdefault(target, prefix + pattern.format(l=layer))
         return [f"missing: {name}" for name in dict.fromkeys(missing.values())]
@@ -259,10 +276,28 @@ class Family:
             group = "unembed" if targets[0].startswith(("ln_final", "unembed")) else "embed"
         plan.setdefault(group, []).append((name, key, targets))
 
+    def _first_names(
+        self, entries: list[tuple[str, Key, tuple[str, ...]]]
+    ) -> list[tuple[str, Key, tuple[str, ...]]]:
+        """Of several names of one parameter, the one that stands first in ``keys``."""
+        patterns = list(self.keys)
+        first: dict[tuple[str, ...], int] = {}
+        places = []
+        for name, _, targets in entries:
+            pattern = self._pattern(name)[0]
+            place = patterns.index(pattern) if pattern in self.keys else len(patterns)
+            places.append(place)
+            first[targets] = min(place, first.get(targets, place))
+        return [
+            entry
+            for entry, place in zip(entries, places, strict=True)
+            if not entry[2] or place == first[entry[2]]
+        ]
+
     @staticmethod
     def _tie(plan: Plan) -> None:
         for name, _, targets in plan.get("embed", []):
-            if targets == ("embed.W_E",):
+            if targets in (("embed.W_E",), ("embed.embed.W_E",)):
                 tied = Key("d_vocab d_model", "unembed.W_U", transposed)
                 plan.setdefault("unembed", []).append((name, tied, ("unembed.W_U",)))
 
@@ -301,7 +336,16 @@ def _sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "heads": heads,
         "kv_heads": (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head,
         "qkv": 3 * heads,
+        "two": 2,
+        "n_heads": cfg.n_heads,
+        "buckets": cfg.relative_attention_num_buckets or 0,
     }
+
+
+def absent_parts(optional: Iterable[tuple[str, ...]], parameters: Iterable[str]) -> set[str]:
+    """The first words of the optional parts that none of these parameters belongs to."""
+    here = {name.split(".")[0] for name in parameters}
+    return {word for part in optional if here.isdisjoint(part) for word in part}
 
 
 def _listing(name: str, problems: list[str]) -> str:

@@ -218,7 +218,7 @@ def _centre_rows(group: _Group, name: str) -> None:
     tensor.sub_(tensor.mean(-1, keepdim=True))
 
 
-def _centre_unembed(group: _Group, cfg: HookedTransformerConfig) -> None:
+def _centre_unembed(group: _Group, cfg: HookedTransformerConfig | None) -> None:
     """Zero mean over the vocabulary: shifts all logits of a position by one number."""
     if group.name == "unembed":
         for name in ("unembed.W_U", "unembed.b_U"):
@@ -363,7 +363,7 @@ def process_state_dict(
 def _step(
     state_dict: dict[str, Any],
     step: Callable[..., None],
-    cfg: HookedTransformerConfig,
+    cfg: HookedTransformerConfig | None,
     **options: bool,
 ) -> dict[str, Any]:
     groups = []
@@ -391,7 +391,9 @@ def center_writing_weights(
     return _step(state_dict, _centre_writers, cfg)
 
 
-def center_unembed(state_dict: dict[str, Any], cfg: HookedTransformerConfig) -> dict[str, Any]:
+def center_unembed(
+    state_dict: dict[str, Any], cfg: HookedTransformerConfig | None = None
+) -> dict[str, Any]:
     """Only the centring of W_U and b_U over the vocabulary."""
     return _step(state_dict, _centre_unembed, cfg)
 

@@ -1,5 +1,7 @@
 """Fetching a checkpoint from the model hub into its cache, and finding what is there already."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastlens.errors import SourceError
@@ -20,26 +22,22 @@ def fetch(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    with_weights: bool = True,
 ) -> Path:
     """The folder with config, tokenizer and weights of a repository, safetensors if it has any.
 
     Files already in the cache are not fetched again. ``token`` defaults to ``HF_TOKEN``.
+    ``with_weights=False`` leaves the weights where they are.
 
     Raises: ModelNameError (near names) for a repository that does not exist; SourceError when it is
         gated, has no such revision, or the hub cannot be reached and the cache has no copy.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     asked = f"{repository!r}" + (f" at revision {revision!r}" if revision else "")
     folder = Path()
-    for weights in _WEIGHTS:
-        try:
+    for weights in _WEIGHTS if with_weights else ([],):
+        with hub_errors(repository, asked):
             folder = Path(
                 snapshot_download(
                     repository,
@@ -51,26 +49,51 @@ def fetch(
                     local_files_only=local_files_only,
                 )
             )
-        except GatedRepoError as error:
-            raise SourceError(
-                f"{asked} is gated. Accept its terms on the model's page, then set HF_TOKEN to a "
-                f"token of that account."
-            ) from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            raise unknown_name(
-                repository, "the hub has no such repository, or it is private (HF_TOKEN)"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise SourceError(f"{asked} was asked, but there is no such revision.") from error
-        except (OSError, ValueError) as error:
-            raise SourceError(
-                f"{asked} was asked, but the model hub could not be reached, or is switched off "
-                f"(HF_HUB_OFFLINE), and the cache has no copy ({type(error).__name__}). Check the "
-                f"network, or give a folder that holds the model."
-            ) from error
         if any(list(folder.glob(pattern)) for pattern in weights):
             break
     return folder
+
+
+@contextmanager
+def hub_errors(
+    repository: str, asked: str, instead: str = "a folder that holds the model"
+) -> Iterator[None]:
+    """What goes wrong with the hub inside, as a fastlens error that says what to do.
+
+    Args:
+        asked: What was asked, for the message.
+        instead: What one gives instead where there is no network.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{asked} is gated. Accept its terms on the model's page, then set HF_TOKEN to a "
+            f"token of that account."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise unknown_name(
+            repository, "the hub has no such repository, or it is private (HF_TOKEN)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{asked} was asked, but there is no such revision.") from error
+    except RemoteEntryNotFoundError as error:
+        raise SourceError(f"{asked} was asked, but the repository has no such file.") from error
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise SourceError(
+            f"{asked} was asked, but the model hub could not be reached, or is switched off "
+            f"(HF_HUB_OFFLINE), and the cache has no copy ({type(error).__name__}). Check the "
+            f"network, or give {instead}."
+        ) from error
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlens.components.norms import LayerNorm, RMSNorm, make_norm
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import WeightsError
+from fastlens.weights.family import absent_parts
 from fastlens.weights.fold import process_group, split_groups
 from fastlens.weights.source import Source
 
@@ -36,9 +37,11 @@ def is_bias(key: str) -> bool:
     return key.rsplit(".", 1)[-1].startswith(("b_", "_b_"))
 
 
-def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> None:
+def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> set[str]:
     """Read, process and store a source's weights; ``flags`` are `possible_flags`' answer.
 
+    Returns: the optional parts (`Family.optional`) that the source has no weights for; they are
+        filled with NaN.
     Cost: beside the model's own memory, one group and one matrix.
     Raises: WeightsError that lists all tensors that do not fit.
     """
@@ -55,7 +58,14 @@ def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> 
             group = process_group(name, group, cfg, consume=source.gives_copies, **flags)
         filled |= store(parameters, group)
         del group
+    optional = () if source.family is None else source.family.optional
+    absent = absent_parts(optional, filled)
+    for key, parameter in parameters.items():
+        if key.split(".")[0] in absent:
+            torch.nn.init.constant_(parameter, torch.nan)
+            filled.add(key)
     fill_rest(parameters, filled)
+    return absent
 
 
 @torch.no_grad()

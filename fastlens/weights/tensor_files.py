@@ -165,18 +165,24 @@ def _entry(
 
 
 class PickleReader:
-    """Tensors of ``pytorch_model.bin`` files, read by torch's restricted unpickler only."""
+    """Tensors of ``pytorch_model.bin`` files, read by torch's restricted unpickler only.
+
+    A file from before torch 1.6 cannot be mapped: it is read once and kept whole.
+    """
 
     def __init__(self, files: Iterable[Path]):
         self.shapes: dict[str, Shape] = {}
         self._files: dict[str, Path] = {}
+        self._kept: dict[Path, dict[str, Tensor]] = {}
         for path in files:
             for name, tensor in self._open(path).items():
                 self.shapes[name] = tuple(tensor.shape)
                 self._files[name] = path
 
-    @staticmethod
-    def _open(path: Path) -> dict[str, Tensor]:
+    def _open(self, path: Path) -> dict[str, Tensor]:
+        if path in self._kept:
+            return self._kept[path]
+        is_mapped = True
         try:
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -184,6 +190,7 @@ class PickleReader:
                 # Files from before torch 1.6 are no zip archives and cannot be mapped.
                 if "mmap can only be used" not in str(error):
                     raise
+                is_mapped = False
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise SourceError(
@@ -192,7 +199,10 @@ class PickleReader:
             ) from error
         if not isinstance(content, dict):
             raise SourceError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
-        return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if not is_mapped:
+            self._kept[path] = tensors
+        return tensors
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, copied out of a mapping that is closed again."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from fastlens.components.attention import Attention, GroupedQueryAttention
-from fastlens.components.block import TransformerBlock, check_supported
+from fastlens.components.block import TransformerBlock, check_supported, spread_over_heads
 from fastlens.components.norms import LayerNormPre, RMSNorm
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
@@ -34,10 +34,10 @@ def test_norms_after_a_sublayer_keep_their_gain_when_folded():
 
 def test_a_spread_stream_is_copied_only_under_a_hook():
     block, resid = build("gpt2", use_split_qkv_input=True), torch.randn(1, 3, 32)
-    spread = block._spread(resid, 4, block.hook_q_input)
+    spread = spread_over_heads(resid, 4, block.hook_q_input)
     assert spread.shape == (1, 3, 4, 32) and spread.data_ptr() == resid.data_ptr()
     block.hook_q_input.add_hook(lambda a, hook: a.zero_())
-    block._spread(resid, 4, block.hook_q_input)
+    spread_over_heads(resid, 4, block.hook_q_input)
     assert resid.abs().sum() > 0
 
 

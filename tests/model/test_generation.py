@@ -12,6 +12,11 @@ from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS, tiny
 from tests.fixtures_tokens import gpt2_like, llama_like, pad_is_eos, t5_like
 
+COMPARED = [
+    "transformer_lens.HookedTransformer.HookedTransformer.generate",
+    "transformer_lens.HookedTransformer.HookedTransformer.generate_stream",
+]
+
 PROMPTS = ["the cat in the can", "Hi", " an"]
 N_NEW = 5
 
@@ -286,11 +291,63 @@ def test_logits_as_transformer_lens(tl_pair):
 
 
 @pytest.mark.tl
-def test_arguments_as_transformer_lens(tl_pair):
+@pytest.mark.parametrize("method", ["generate", "generate_stream"])
+def test_arguments_as_transformer_lens(tl_pair, method):
     ours, theirs = tl_pair("gpt2")
-    want = inspect.signature(theirs.generate).parameters.values()
-    got = inspect.signature(ours.generate).parameters.values()
+    want = inspect.signature(getattr(theirs, method)).parameters.values()
+    got = inspect.signature(getattr(ours, method)).parameters.values()
     assert [(p.name, p.default, p.kind) for p in got] == [(p.name, p.default, p.kind) for p in want]
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_tokens_per_yield": 1},
+        {"max_tokens_per_yield": 3, "temperature": 0.7, "top_k": 5},
+        {"max_tokens_per_yield": 10, "top_p": 0.8},
+        {"max_tokens_per_yield": 12, "freq_penalty": 1.5},
+        {"max_tokens_per_yield": 3, "use_past_kv_cache": False, "return_type": "tensor"},
+        {"max_tokens_per_yield": 2, "prepend_bos": False, "do_sample": False},
+        {"max_tokens_per_yield": 4, "stop_at_eos": False, "temperature": 0.0},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_a_seed_streams_what_transformer_lens_streams(tl_pair, name, options):
+    ours, theirs = tl_pair(name)
+    arguments = {"max_new_tokens": 8, "verbose": False, **options}
+    for prompt in (PROMPTS[0], torch.arange(8).view(2, 4)):
+        results = []
+        for model in (theirs, ours):
+            torch.manual_seed(4)
+            # TransformerLens leaves gradients on, and grows a graph.
+            with torch.no_grad():
+                results.append(list(model.generate_stream(prompt, **arguments)))
+        assert [piece.tolist() for piece in results[1]] == [piece.tolist() for piece in results[0]]
+        assert all(ours.dtype == want.dtype for ours, want in zip(*results, strict=True))
+
+
+@pytest.mark.tl
+def test_streams_stop_as_transformer_lens(tl_pair):
+    ours, theirs = tl_pair("gpt2")
+    said = greedy(ours, "the cat in", max_new_tokens=10)[0]
+    options = {"do_sample": False, "verbose": False}
+    for eos in (None, said[3], [said[3], said[5]], (said[5],)):
+        for size in (1, 2, 5, 9, 50):
+            for prompt in ("the cat in", torch.arange(8).view(2, 4)):
+                with torch.no_grad():
+                    want, got = (
+                        [
+                            piece.tolist()
+                            for piece in model.generate_stream(
+                                prompt, 10, size, eos_token_id=eos, **options
+                            )
+                        ]
+                        for model in (theirs, ours)
+                    )
+                assert got == want
 
 
 # -- results -------------------------------------------------------------------------------------
@@ -499,10 +556,77 @@ def test_unknown_arguments_are_named():
         greedy(model, "Hi", temprature=3)
 
 
-def test_a_frequency_penalty_on_embeddings_is_not_silently_dropped(gpt2):
+@pytest.mark.parametrize("penalty", ["freq_penalty", "repetition_penalty"])
+def test_a_penalty_on_embeddings_is_not_silently_dropped(gpt2, penalty):
     embeds = gpt2.embed(gpt2.to_tokens("Hi"))
-    with pytest.warns(UserWarning, match="freq_penalty counts tokens"):
-        gpt2.generate(embeds, 1, freq_penalty=1.0, verbose=False, stop_at_eos=False)
+    with pytest.warns(UserWarning, match=f"{penalty} counts tokens"):
+        gpt2.generate(embeds, 1, verbose=False, stop_at_eos=False, **{penalty: 2.0})
+
+
+def test_a_repetition_penalty_ends_repetition(gpt2):
+    options = {"temperature": 0.0, "verbose": False, "stop_at_eos": False, "return_type": "tokens"}
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = gpt2.generate(prompt, 30, **options)[0].tolist()
+    freed = gpt2.generate(prompt, 30, repetition_penalty=1e6, **options)[0].tolist()
+    assert len(set(plain)) < len(plain) and len(set(freed)) == len(freed)
+
+
+# -- streams -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("size", [1, 4, 9, 100])
+def test_pieces_are_what_generate_gives(gpt2, size, cache):
+    options = {"do_sample": False, "verbose": False, "use_past_kv_cache": cache}
+    padded = gpt2.to_tokens(PROMPTS)
+    for prompt in (PROMPTS[0], PROMPTS, padded, padded.int(), padded[0], gpt2.embed(padded[:1])):
+        whole = gpt2.generate(prompt, 6, return_type="tokens", **options)
+        pieces = list(gpt2.generate_stream(prompt, 6, size, **options))
+        assert torch.equal(torch.cat(pieces, 1), whole)
+        assert pieces[0].dtype == whole.dtype
+        assert all(piece.shape[1] == size for piece in pieces[1:-1])
+
+
+def test_each_piece_comes_before_the_next_is_run(gpt2):
+    seen = []
+    with gpt2.hooks([("blocks.0.hook_resid_pre", lambda x, hook: seen.append(x.shape[1]))]):
+        stream = gpt2.generate_stream(
+            torch.arange(8)[None], 4, 1, do_sample=False, verbose=False, stop_at_eos=False
+        )
+        assert seen == []
+        assert next(stream).shape == (1, 9) and seen == [8]
+        assert next(stream).shape == (1, 1) and seen == [8, 1]
+        stream.close()
+    assert seen == [8, 1]
+
+
+def test_a_stream_leaves_modes_alone():
+    model = model_of("gpt2").train()
+    stream = model.generate_stream("Hi", 3, 1, verbose=False, stop_at_eos=False)
+    with torch.enable_grad():
+        piece = next(stream)
+        assert torch.is_grad_enabled() and not piece.is_inference() and not model.training
+    with torch.no_grad():
+        next(stream)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    stream.close()
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_what_a_stream_refuses_or_warns_of(gpt2):
+    with pytest.raises(TokenError, match="an empty prompt"):
+        gpt2.generate_stream("", prepend_bos=False)
+    with pytest.warns(UserWarning, match="gives tokens.*not return_type='str'"):
+        pieces = list(gpt2.generate_stream("Hi", 1, return_type="str", verbose=False))
+    assert isinstance(pieces[0], torch.Tensor)
+    model = model_of("gpt2", n_ctx=6)
+    stream = model.generate_stream(
+        torch.arange(4)[None], 9, 1, verbose=False, stop_at_eos=False, do_sample=False
+    )
+    assert [piece.shape[1] for piece in (next(stream), next(stream), next(stream))] == [5, 1, 1]
+    with pytest.warns(UserWarning, match=r"9 new tokens.*6 positions.*after 3"):
+        assert list(stream) == []
 
 
 @pytest.mark.parametrize(

@@ -346,9 +346,19 @@ def test_processing_twice_skips_the_norms(caplog):
     before = {key: p.clone() for key, p in model.named_parameters()}
     with caplog.at_level(logging.WARNING):
         model.process_weights_()
-    assert "folded already" in caplog.text
+    assert "are folded already" in caplog.text
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[key], atol=1e-6, rtol=0)
+
+
+def test_folded_weights_fold_the_norms_of_a_model_that_has_them():
+    folded = HookedTransformer(tiny("gpt2"))
+    folded.process_weights_()
+    model = HookedTransformer(tiny("gpt2"))
+    model.load_and_process_state_dict(dict(folded.state_dict()))
+    assert model.cfg.normalization_type == "LNPre"
+    tokens = prompt(6) % 50
+    assert gap(model(tokens), folded(tokens)) <= TOLERANCE
 
 
 def test_unfolded_norms_cannot_be_lost():

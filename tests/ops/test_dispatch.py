@@ -24,9 +24,9 @@ def test_a_refusing_kernel_is_passed_over_and_its_sentence_kept(monkeypatch):
     monkeypatch.setattr(dispatch, "kernels", lambda: table)
     choice = dispatch.explain("rotary")
     assert (choice.kernel, choice.refused) == ("slow", {"fast": "needs a card"})
-    assert dispatch.kernel_for.__wrapped__("rotary", "cpu", torch.float32)() == 2
+    assert dispatch.choose("rotary", "cpu", torch.float32)() == 2
     table["rotary"] = table["rotary"][:1]
-    assert dispatch.kernel_for.__wrapped__("rotary", "cpu", torch.float32) is reference.rotary
+    assert dispatch.choose("rotary", "cpu", torch.float32) is reference.rotary
     assert dispatch.explain("rotary").kernel.startswith("reference")
 
 

@@ -1,14 +1,22 @@
 """What patching asks of a model, and finding hooks on it."""
 
+import pytest
 import torch
 
-from fastlens.patching.model import PatchableModel, modules_with_hooks, walk
+from fastlens.errors import SweepError
+from fastlens.patching.model import PatchableModel, check_patchable, modules_with_hooks, walk
 from tests.models import ours
 
 
 def test_a_hooked_transformer_can_be_patched():
     assert isinstance(ours("gpt2"), PatchableModel)
     assert not isinstance(torch.nn.Linear(2, 2), PatchableModel)
+
+
+def test_what_cannot_be_patched_is_told_so():
+    check_patchable(ours("gpt2"))
+    with pytest.raises(SweepError, match=r"a Linear cannot be swept: .*run_with_hooks"):
+        check_patchable(torch.nn.Linear(2, 2))
 
 
 def test_hooks_of_every_kind_are_found():

@@ -65,6 +65,8 @@ def test_the_token_comes_from_the_environment(downloads, monkeypatch):
          "no such repository, or it is private"),
         (errors.RevisionNotFoundError("x", response=answer(404)), SourceError,
          "at revision 'r' was asked, but there is no such revision"),
+        (errors.RemoteEntryNotFoundError("x", response=answer(404)), SourceError,
+         "has no such file"),
         (errors.LocalEntryNotFoundError("x"), SourceError, "could not be reached"),
         (errors.OfflineModeIsEnabled("x"), SourceError, "cache has no copy"),
         (errors.HfHubHTTPError("x", response=answer(500)), SourceError, "Check the network"),

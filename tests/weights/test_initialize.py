@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastlens.errors import ShapeError, WeightsError
 from fastlens.weights import initialize
 
 SHAPES = {"embed.W_E": (50, 40), "blocks.0.attn.W_Q": (4, 40, 30), "blocks.0.mlp.W_in": (40, 160)}
@@ -34,7 +35,7 @@ def test_variance(scheme):
     named = parameters()
     SCHEMES[scheme](named.items())
     for name, shape in SHAPES.items():
-        fan_in, fan_out = initialize.fans(named[name])
+        fan_in, fan_out = initialize.calc_fan_in_and_fan_out(named[name])
         want = {
             "gpt2": 0.3,
             "xavier": 2 * math.sqrt(2 / (fan_in + fan_out)),
@@ -62,6 +63,36 @@ def test_strides_do_not_change_the_numbers(scheme):
 
 
 def test_fans():
-    assert initialize.fans(torch.empty(5)) == (1, 5)
-    assert initialize.fans(torch.empty(5, 7)) == (5, 7)
-    assert initialize.fans(torch.empty(4, 40, 30)) == (40, 120)
+    assert initialize.calc_fan_in_and_fan_out(torch.empty(5)) == (1, 5)
+    assert initialize.calc_fan_in_and_fan_out(torch.empty(5, 7)) == (5, 7)
+    assert initialize.calc_fan_in_and_fan_out(torch.empty(4, 40, 30)) == (40, 120)
+    for shape in ((), (2, 3, 4, 5)):
+        with pytest.raises(ShapeError, match="a bias, a matrix or one matrix a head"):
+            initialize.calc_fan_in_and_fan_out(torch.empty(shape))
+
+
+def test_one_weight_is_filled_in_place_whatever_its_strides():
+    for fill in (
+        initialize.init_xavier_uniform_,
+        initialize.init_xavier_normal_,
+        initialize.init_kaiming_uniform_,
+        initialize.init_kaiming_normal_,
+    ):
+        drawn = []
+        for strided in (False, True):
+            torch.manual_seed(0)
+            weight = torch.nn.Parameter(parameters(strided)["blocks.0.attn.W_Q"])
+            assert fill(weight) is weight and weight.requires_grad
+            drawn.append(weight)
+        assert torch.equal(*drawn)
+
+
+def test_kaiming_by_fan_and_nonlinearity():
+    weight = torch.empty(200, 500)
+    for mode, fan in (("fan_in", 200), ("fan_out", 500)):
+        initialize.init_kaiming_normal_(weight, nonlinearity="linear", mode=mode)
+        assert weight.std().item() == pytest.approx(fan**-0.5, rel=0.02)
+    initialize.init_kaiming_normal_(weight, a=1.0, nonlinearity="leaky_relu")
+    assert weight.std().item() == pytest.approx(200**-0.5, rel=0.02)
+    with pytest.raises(WeightsError, match="'fan_in' or 'fan_out'"):
+        initialize.init_kaiming_uniform_(weight, mode="fan_avg")

@@ -222,3 +222,12 @@ def test_a_live_model_is_not_copied():
 def test_a_model_without_weights_is_refused():
     with pytest.raises(SourceError, match="on the meta device, weight among them"):
         LiveReader(torch.nn.Linear(3, 2, device="meta").state_dict())
+
+
+def test_an_old_pickle_is_read_once(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    saved = {f"t{n}": torch.full((2,), float(n)) for n in range(5)}
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+    reader = PickleReader([path])
+    path.unlink()
+    assert all(torch.equal(reader.read(name), saved[name]) for name in saved)

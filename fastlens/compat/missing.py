@@ -1,0 +1,70 @@
+"""What TransformerLens 3.9 has and fastlens has not, by name, each with its reason.
+
+A name stands for everything below it. `tests/compat/test_surface.py` compares these tables with the
+installed TransformerLens: what is missing and not here fails, and so does what is here and exists.
+"""
+
+import functools
+
+BRIDGE = "belongs to TransformerBridge, which TransformerLens 4 keeps"
+AUDIO = "audio models are not here"
+FAMILY = "this architecture is not among those that can be loaded yet"
+HUB = "it needs a data set from the hub"
+
+# Reason -> names below `transformer_lens`.
+MISSING: dict[str, str] = {
+    BRIDGE: """
+        model_bridge benchmarks conversion_utils remote_module_loading lit tools.model_registry
+        factories.architecture_adapter_factory config.transformer_bridge_config
+        utilities.bridge_components utilities.heterogeneous_config utilities.aliases
+        utilities.architectures utilities.tracr
+        tools.analysis.jacobian_lens tools.analysis.jacobian_lens_coordinate_patch
+        tools.analysis.jacobian_lens_decomposition tools.analysis.backward_lens
+        ActivationCache.ActivationCache.ssm_layers
+        ActivationCache.ActivationCache.compute_ssm_effective_attention
+        ActivationCache.ActivationCache.compute_ssm_state
+        weight_processing.ProcessWeights.distribute_weights_to_components
+        utilities.hf_utils.autoconfig_with_remote_post_init_compat
+        utilities.hf_utils.autotokenizer_with_special_token_compat
+        utilities.hf_utils.make_post_init_kwarg_tolerant
+        utilities.multi_gpu.cast_floating_params_to_dtype
+        utilities.multi_gpu.maybe_cast_floating_params utilities.multi_gpu.find_misplaced_modules
+        """,
+    AUDIO: """
+        HookedAudioEncoder pretrained.weight_conversions.hubert
+        """,
+    FAMILY: """
+        components.mlps.moe components.mlps.gpt_oss_moe components.mlps.gated_mlp_4bit
+        pretrained.weight_conversions.apertus pretrained.weight_conversions.bloom
+        pretrained.weight_conversions.coder pretrained.weight_conversions.gemma
+        pretrained.weight_conversions.gptj pretrained.weight_conversions.mingpt
+        pretrained.weight_conversions.mixtral pretrained.weight_conversions.nanogpt
+        pretrained.weight_conversions.neel_solu_old pretrained.weight_conversions.neo
+        pretrained.weight_conversions.olmo pretrained.weight_conversions.olmo2
+        pretrained.weight_conversions.olmo3 pretrained.weight_conversions.olmoe
+        pretrained.weight_conversions.openai pretrained.weight_conversions.opt
+        pretrained.weight_conversions.phi pretrained.weight_conversions.phi3
+        pretrained.weight_conversions.qwen pretrained.weight_conversions.qwen2
+        pretrained.weight_conversions.qwen3 loading_from_pretrained.convert_neel_model_config
+        """,
+    HUB: """
+        HookedTransformer.HookedTransformer.load_sample_training_dataset
+        HookedTransformer.HookedTransformer.sample_datapoint
+        """,
+}
+
+# Name below `transformer_lens` -> {argument that differs: why}.
+DIFFERENT: dict[str, dict[str, str]] = {}
+
+
+@functools.cache
+def reasons() -> dict[str, str]:
+    """Name below `transformer_lens` -> why it is missing."""
+    return {name: reason for reason, names in MISSING.items() for name in names.split()}
+
+
+def reason_for(name: str) -> str | None:
+    """Why a name, or one it is below, is missing; None if it is not listed."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((reasons()[prefix] for prefix in prefixes if prefix in reasons()), None)

@@ -1,0 +1,180 @@
+"""What `HookedTransformer`, `HookedEncoder` and `HookedEncoderDecoder` share."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastlens.cache import ActivationCache
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import FlagError, TokenError
+from fastlens.hooks.point import HookFunction, HookPoint
+from fastlens.hooks.root import HookedRootModule
+from fastlens.settings import HF_TOKEN
+
+T = TypeVar("T", bound="TransformerRoot")
+
+# The end of a hook's name -> the config flag without which the place does not exist.
+FLAG_OF_PLACE = {
+    "hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+
+
+def named_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The Hugging Face tokenizer of that name or folder.
+
+    Raises: TokenError if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, token=HF_TOKEN.get() or None
+        )
+    except (OSError, ValueError) as error:
+        raise TokenError(
+            f"cfg.tokenizer_name={name!r} gave no tokenizer: {error} Pass tokenizer=, or set "
+            f"cfg.tokenizer_name=None and d_vocab to use tokens only."
+        ) from error
+
+
+class TransformerRoot(HookedRootModule):
+    """A hooked model with a config.
+
+    Its runs give an `ActivationCache`, config flags switch hook points on, and ``cfg.device`` and
+    ``cfg.dtype`` follow the model when it is moved or cast.
+    """
+
+    cfg: HookedTransformerConfig
+
+    # -- hooks -------------------------------------------------------------------------------
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """One forward and its activations, as an `ActivationCache` (or a plain dict).
+
+        See `HookedRootModule.run_with_cache` for ``names_filter``, ``pos_slice``, ``device``,
+        ``incl_bwd`` and the rest; further arguments go to `forward`.
+        """
+        output, cache = super().run_with_cache(
+            *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+        )
+        if return_cache_object:
+            cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return output, cache
+
+    def required_flag(self, name: str) -> str | None:
+        """The config flag without which the place ``name`` never fires, or None."""
+        return FLAG_OF_PLACE.get(name.rsplit(".", 1)[-1])
+
+    def is_switched_off(self, name: str) -> bool:
+        """Whether a config flag keeps the place ``name`` from firing now."""
+        flag = self.required_flag(name)
+        return flag is not None and not getattr(self.cfg, flag)
+
+    def check_hooks_to_add(
+        self,
+        hook_point: HookPoint,
+        hook_point_name: str,
+        hook: HookFunction,
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        prepend: bool = False,
+    ) -> None:
+        """Refuse a hook on a place that is switched off: it would never run."""
+        if self.is_switched_off(hook_point_name):
+            flag = self.required_flag(hook_point_name)
+            raise FlagError(
+                f"a hook was asked for at {hook_point_name!r}, which does not fire while "
+                f"cfg.{flag} is False. Call model.set_{flag}(True) first, or name the place in "
+                f"run_with_hooks, hooks() or run_with_cache, which switch it on for that run."
+            )
+
+    def _switch_on(self, names: list[str]) -> Callable[[], Any]:
+        flags = {self.required_flag(name) for name in names if self.is_switched_off(name)}
+        before = {flag: getattr(self.cfg, flag) for flag in flags if flag is not None}
+
+        restore = partial(vars(self.cfg).update, before)
+        try:
+            for flag in before:
+                getattr(self, f"set_{flag}")(True)
+        except BaseException:
+            restore()
+            raise
+        return restore
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Compute each head's output by itself, for ``hook_result``."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Give every head its own copy of the residual stream for q, k and v."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Let ``hook_mlp_in`` edit what the MLP reads. Refused for attention-only models."""
+        if self.cfg.attn_only and use_hook_mlp_in:
+            raise FlagError("hook_mlp_in: this model is attn_only, so it has no MLPs.")
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    # -- moving ------------------------------------------------------------------------------
+
+    def to(  # type: ignore[override]
+        self: T, device_or_dtype: torch.device | str | torch.dtype, print_details: bool = True
+    ) -> T:
+        """Move or cast the model and keep ``cfg.device`` or ``cfg.dtype`` in step."""
+        # Printed, as TransformerLens does.
+        if isinstance(device_or_dtype, torch.dtype):
+            self.cfg.dtype = device_or_dtype
+            if print_details:
+                print("Changing model dtype to", device_or_dtype)  # noqa: T201
+        else:
+            self.cfg.device = str(torch.device(device_or_dtype))
+            if print_details:
+                print("Moving model to device: ", self.cfg.device)  # noqa: T201
+        nn.Module.to(self, device_or_dtype)
+        return self
+
+    def _cast(self: T, dtype: torch.dtype) -> T:
+        return self.to(dtype, print_details=False)
+
+    def double(self: T) -> T:
+        """Cast to float64."""
+        return self._cast(torch.float64)
+
+    def float(self: T) -> T:
+        """Cast to float32."""
+        return self._cast(torch.float32)
+
+    def half(self: T) -> T:
+        """Cast to float16."""
+        return self._cast(torch.float16)
+
+    def bfloat16(self: T) -> T:
+        """Cast to bfloat16."""
+        return self._cast(torch.bfloat16)
+
+    def cuda(self: T, device: int | torch.device | str | None = None) -> T:  # type: ignore[override]
+        """Move to a CUDA device."""
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+
+    def cpu(self: T) -> T:
+        """Move to the CPU."""
+        return self.to("cpu")
+
+    def mps(self: T) -> T:
+        """Move to Apple's GPU. Not run there by us; compare with the CPU before you trust it."""
+        return self.to("mps")
