@@ -19,7 +19,8 @@ INSTALL := $(PIP) install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-gpu check lint types floors architecture format bench clean
+.PHONY: help demo test test-all test-gpu check lint types floors architecture docs tutorials format \
+	bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -50,6 +51,12 @@ floors: $(VENV)/dev.stamp
 
 architecture: $(VENV)/dev.stamp
 	$(PYTEST) -q --tb short tests/test_architecture.py
+
+docs: $(VENV)/dev.stamp  ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+tutorials: $(VENV)/dev.stamp  ## run the notebooks and store their outputs
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace docs/tutorials/*.ipynb
 
 format: $(VENV)/dev.stamp  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .

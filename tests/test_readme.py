@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from fastlens.cli import main
+from fastlens.compat import uninstall
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def blocks(*languages: str) -> list[str]:
@@ -44,8 +45,11 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     names: dict = {}
     snippets = blocks("python")
     assert len(snippets) >= 4
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+    try:
+        for snippet in snippets:
+            exec(compile(snippet, "README.md", "exec"), names)
+    finally:
+        uninstall()
     assert (tmp_path / "heatmap.png").is_file() and (tmp_path / "scores").is_dir()
     shown = capsys.readouterr().out
     assert "logit difference" in shown and "Loaded pretrained model toy-induction" in shown
@@ -99,4 +103,5 @@ def test_files_that_are_named_exist(document):
     missing = [name for name in named if not (ROOT / name).exists()]
     # The results appear with the first measurement.
     assert not [name for name in missing if not name.startswith("benchmarks/results")]
-    assert "](" not in text or not re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert not [link for link in links if not (document.parent / link).exists()]

@@ -21,9 +21,9 @@ HOMES: dict[str, str] = {
         get_duplicate_token_head_detection_pattern get_induction_head_detection_pattern
         get_previous_token_head_detection_pattern get_supported_heads""",
     "fastlens.compat.tools_analysis.projection_kernel": """AttentionHeadRef AttentionRole
-        HeadAffinityPair HeadAffinityResult HeadKind LayerOrder ProjectionKernelResult RandomSubspaceReference
-        SubspaceBasis attention_head_subspace_affinity orthonormal_subspace projection_kernel
-        random_projection_kernel_moments""",
+        HeadAffinityPair HeadAffinityResult HeadKind LayerOrder ProjectionKernelResult
+        RandomSubspaceReference SubspaceBasis attention_head_subspace_affinity
+        orthonormal_subspace projection_kernel random_projection_kernel_moments""",
     "fastlens.compat.tools_analysis.svd_circuits": """DegenerateDirectionError
         HeadDecomposition HeadSVD RankReportRow Which decompose_head""",
     "fastlens.analysis.svd_interpreter": "OUTPUT_EMBEDDING SVDInterpreter VECTOR_TYPES",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlens.cache import ActivationCache
 from fastlens.config import HookedTransformerConfig
+from fastlens.devices import move_to_and_update_config
 from fastlens.errors import FlagError, TokenError
 from fastlens.hooks.point import HookFunction, HookPoint
 from fastlens.hooks.root import HookedRootModule
@@ -136,17 +137,7 @@ class TransformerRoot(HookedRootModule):
         self: T, device_or_dtype: torch.device | str | torch.dtype, print_details: bool = True
     ) -> T:
         """Move or cast the model and keep ``cfg.device`` or ``cfg.dtype`` in step."""
-        # Printed, as TransformerLens does.
-        if isinstance(device_or_dtype, torch.dtype):
-            self.cfg.dtype = device_or_dtype
-            if print_details:
-                print("Changing model dtype to", device_or_dtype)  # noqa: T201
-        else:
-            self.cfg.device = str(torch.device(device_or_dtype))
-            if print_details:
-                print("Moving model to device: ", self.cfg.device)  # noqa: T201
-        nn.Module.to(self, device_or_dtype)
-        return self
+        return move_to_and_update_config(self, device_or_dtype, print_details)
 
     def _cast(self: T, dtype: torch.dtype) -> T:
         return self.to(dtype, print_details=False)

@@ -31,10 +31,3 @@ def test_every_public_name_is_in_the_reference():
     for name in fastlens.__all__:
         assert name in pages, name
 
-
-def test_links_between_pages_and_files_exist():
-    import re
-
-    for page in (ROOT / "docs").rglob("*.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
