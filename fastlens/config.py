@@ -183,9 +183,10 @@ class HookedTransformerConfig:
             )
         if (self.num_experts is None) != (self.experts_per_token is None):
             raise ConfigError("num_experts and experts_per_token go together: give both or none.")
-        if self.n_devices > 1 and torch.cuda.device_count() < self.n_devices:
+        if self.n_devices != 1:
             raise ConfigError(
-                f"n_devices={self.n_devices}, but {torch.cuda.device_count()} CUDA devices exist."
+                f"n_devices={self.n_devices}, but fastlens keeps a model on one device so far. "
+                f"Leave n_devices=1."
             )
 
     def _check_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:

@@ -59,7 +59,7 @@ def test_a_seed_seeds_everything():
         ({"use_local_attn": True}, "window_size and attn_types"),
         ({"use_local_attn": True, "window_size": 4, "attn_types": ["local"]}, "1 entries for 3"),
         ({"num_experts": 2}, "go together"),
-        ({"n_devices": 99}, "CUDA devices"),
+        ({"n_devices": 2}, "on one device"),
     ],
 )
 def test_contradictions_are_refused(changes, words):

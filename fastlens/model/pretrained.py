@@ -102,7 +102,7 @@ class PretrainedMixin(RandomWeightsMixin):
                 by step (Pythia, Stanford's GPT-2 runs).
             hf_model: A transformers model in memory to take config and weights from.
             device: Where the model goes; by default CUDA if there is any.
-            n_devices: Spread layers over this many CUDA devices.
+            n_devices: 1: spreading layers over several devices is not here yet.
             tokenizer: By default the one that comes with the weights.
             move_to_device: False leaves the model on the CPU.
             default_prepend_bos: Whether text gets a BOS token; by default what the family does.

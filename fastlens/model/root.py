@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from fastlens.cache import ActivationCache

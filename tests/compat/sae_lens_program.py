@@ -181,7 +181,7 @@ def train(model: Any) -> None:
     report("trained", trained.W_dec.norm(dim=-1)[:8])
     torch.manual_seed(4)
     metrics = runner.evaluator(trained, runner.activations_store, ActivationScaler())
-    report("evaluated", {name: float(value) for name, value in sorted(metrics.items())})
+    report("evaluated", metrics)
 
 
 def main(folder: str) -> None:

@@ -34,6 +34,7 @@ def same(got, want, name, atol=2e-5):
     """Equal in shape, type and value, through containers."""
     if isinstance(want, torch.Tensor):
         assert got.dtype == want.dtype, name
+        want, got = want.detach(), got.detach()
         finite = want[want.isfinite()].abs() if want.is_floating_point() else want.abs()
         largest = float(finite.max()) if finite.numel() else 0.0
         assert_close_to(got, want, atol=atol * max(1.0, largest), name=name)
@@ -175,7 +176,7 @@ def circuit_tracer(lens):
         grads[hook.name] = grad.clone()
 
     names = [n for n in model.hook_dict if n.endswith("hook_out_grad")]
-    with model.hooks(bwd_hooks=[(name, keep_grad) for name in [*names, "hook_embed"]]):
+    with model.hooks(bwd_hooks=[(name, keep_grad) for name in [*names, "blocks.0.hook_resid_pre"]]):
         residual = model(TOKENS)
         residual[:, -1, 7].sum().backward()
     edited = model.run_with_hooks(
@@ -464,7 +465,10 @@ def edits_in_place_by_hooks(lens):
 
         with torch.no_grad():
             for name in model.hook_dict:
-                if "hook_attn_in" not in name:
+                flag_off = "hook_attn_in" in name or (
+                    config == "attn_only" and name.endswith("hook_mlp_in")
+                )
+                if not flag_off:
                     out = model.run_with_hooks(TOKENS, fwd_hooks=[(name, edit)])
                     found[config, name] = out
     return list(found), list(found.values())
@@ -532,7 +536,8 @@ def test_gradients_at_every_place(name):
     got, want = found
     assert set(got) == set(want) and len(want) > 20
     for key, gradient in want.items():
-        assert_close_to(got[key], gradient, atol=1e-9, name=key)
+        # TransformerLens' rotary tables are single precision under NTK scaling.
+        assert_close_to(got[key], gradient, atol=1e-8, name=key)
 
 
 # -- mocks that tests written for TransformerLens use ---------------------------------------------
