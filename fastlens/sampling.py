@@ -32,6 +32,17 @@ class Sampling:
             raise SamplingError(f"top_k={self.top_k} must be at least 1, or None for no limit.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise SamplingError(f"top_p={self.top_p} must be in (0, 1], or None for no limit.")
+        # Negated, so that NaN is refused too.
+        if not self.temperature >= 0.0:
+            raise SamplingError(
+                f"temperature={self.temperature} must be 0 (take the largest logit) or more."
+            )
+        if not self.freq_penalty >= 0.0:
+            raise SamplingError(f"freq_penalty={self.freq_penalty} must be 0 or more.")
+        if not self.repetition_penalty > 0.0:
+            raise SamplingError(
+                f"repetition_penalty={self.repetition_penalty} must be positive; 1 changes nothing."
+            )
 
     @property
     def needs_counts(self) -> bool:

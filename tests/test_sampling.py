@@ -104,6 +104,12 @@ def test_counts_leave_out_what_is_masked():
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"freq_penalty": 1.0}, "needs the tokens so far"),
+        # These turned the distribution over, or were dropped without a word.
+        ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0"),
+        ({"freq_penalty": -1.0}, "freq_penalty=-1.0 must be 0 or more"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive"),
+        ({"repetition_penalty": -2.0}, "repetition_penalty=-2.0 must be positive"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):

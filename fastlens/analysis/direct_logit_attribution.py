@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlens.decompose import FrozenNorm
 from fastlens.errors import ConfigError, FastlensError, did_you_mean
 from fastlens.patching.metrics import Answer, Metric, Position, answer_logit, logit_diff
-from fastlens.patching.model import PatchableModel
+from fastlens.patching.model import PatchableModel, check_patchable
 from fastlens.patching.prompts import Prompt, prompt_record, prompts_of
 from fastlens.patching.result import TOLERANCE
 from fastlens.scores import Scores
@@ -73,6 +73,7 @@ def direct_logit_attribution(
         )
     if by == "component" and not rest:
         raise FastlensError("rest=False goes with by='head' and by='neuron'.")
+    check_patchable(model)
     given = prompts_of(model, prompts, prompts, attention_mask)
     metric = answer_logit(answer) if wrong is None else logit_diff(answer, wrong)
     metric = Metric(metric.name, "logits", metric.formula, metric.answers, position)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlens.components.rows import logits_of, normalized
 from fastlens.errors import FastlensError, TokenError, did_you_mean
 from fastlens.patching.metrics import Answer, token_ids
-from fastlens.patching.model import PatchableModel
+from fastlens.patching.model import PatchableModel, check_patchable
 from fastlens.patching.prompts import Prompt, Prompts, position_labels, prompt_record, prompts_of
 from fastlens.patching.runs import Selection, chosen
 from fastlens.patching.strategy import strategy_of
@@ -71,6 +71,7 @@ def logit_lens(
     Raises: TokenError for answers of several tokens, FastlensError for measures that do not go with
         them; SweepError for prompts or positions that do not fit.
     """
+    check_patchable(model)
     measures = _measures(measure, wrong)
     given = prompts_of(model, prompts, prompts, attention_mask)
     at = chosen(positions, given.n_pos, "positions")
@@ -168,7 +169,8 @@ class _Lens:
     """The residual stream of one run before the first layer and after each, and how to read it.
 
     Attributes:
-        streams: One ``[batch, pos, d_model]`` for each, at the chosen positions.
+        streams: One ``[batch, pos, d_model]`` for each: at the chosen positions, or at all where
+            hooks or modules of a user's read them.
     """
 
     model: Any
@@ -180,15 +182,15 @@ class _Lens:
         n_layers = model.cfg.n_layers
         names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
         names.append(f"blocks.{n_layers - 1}.hook_resid_post")
-        at = torch.tensor(list(self.at))
         kept: dict[str, Tensor] = {}
-
-        def keep(activation: Tensor, hook: Any) -> None:
-            kept[hook.name] = activation.detach()[:, at.to(activation.device)]
-
-        masked = {} if self.prompts.mask is None else {"attention_mask": self.prompts.mask}
         # Hooks and modules of a user's go on seeing whole activations.
         self.is_plain = strategy_of(model).is_wave
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            activation = activation.detach()
+            kept[hook.name] = self._chosen(activation) if self.is_plain else activation.clone()
+
+        masked = {} if self.prompts.mask is None else {"attention_mask": self.prompts.mask}
         model.run_with_hooks(
             self.prompts.clean,
             return_type=None,
@@ -203,19 +205,21 @@ class _Lens:
     ) -> "list[Float[Tensor, 'row column']]":
         """Logits of one stream's rows, some rows at a time."""
         stream = self.streams[number]
-        cfg, rows = self.model.cfg, stream.flatten(0, 1)
-        width = cfg.d_vocab_out if columns is None or not self.is_plain else len(columns)
-        return [self._of(part, columns) for part in rows.split(max(1, LOGIT_BYTES // (4 * width)))]
-
-    def _of(self, rows: Tensor, columns: Tensor | None) -> Tensor:
+        cfg = self.model.cfg
         if not self.is_plain:
-            logits = self.model(rows[:, None], start_at_layer=self.model.cfg.n_layers)[:, 0]
-            logits = logits if columns is None else logits[:, columns]
-        else:
-            final = getattr(self.model, "ln_final", None)
-            rows = rows if final is None else normalized(final, rows)
-            logits = logits_of(self.model.unembed, rows, columns)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            whole = self.model(stream, start_at_layer=cfg.n_layers)
+            logits = self._chosen(whole).flatten(0, 1)
+            return [_wide(logits if columns is None else logits[:, columns])]
+        rows, final = stream.flatten(0, 1), getattr(self.model, "ln_final", None)
+        width = cfg.d_vocab_out if columns is None else len(columns)
+        parts = []
+        for part in rows.split(max(1, LOGIT_BYTES // (4 * width))):
+            part = part if final is None else normalized(final, part)
+            parts.append(_wide(logits_of(self.model.unembed, part, columns)))
+        return parts
+
+    def _chosen(self, activation: Tensor) -> Tensor:
+        return activation[:, torch.tensor(list(self.at), device=activation.device)]
 
     def read(
         self, measures: Sequence[str], ids: Sequence[Int[Tensor, " row"]]
@@ -249,3 +253,7 @@ def _measured(
         "rank": lambda: (logits > mine[0][:, None]).sum(-1).to(logits),
     }
     return torch.stack([values[one]() for one in measures]).cpu()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -15,7 +15,7 @@ from fastlens.memory import bytes_of
 from fastlens.patching import Patch, sweep
 from fastlens.patching.execute import Verify
 from fastlens.patching.metrics import Metric
-from fastlens.patching.model import PatchableModel
+from fastlens.patching.model import PatchableModel, check_patchable
 from fastlens.patching.prompts import Direction, Prompt, Prompts, prompt_record, prompts_of
 from fastlens.patching.query import Metrics
 from fastlens.patching.result import TOLERANCE
@@ -111,6 +111,7 @@ def path_patching(
         raise SweepError(
             f"mlps={mlps!r} must be 'recompute' or 'freeze'.{did_you_mean(mlps, MLPS)}"
         )
+    check_patchable(model)
     prompts = prompts_of(model, clean, corrupted, attention_mask)
     heard = _receivers(model, receivers)
     paths = _Paths(

@@ -7,6 +7,7 @@ installed TransformerLens: what is missing and not here fails, and so does what 
 import functools
 
 BRIDGE = "belongs to TransformerBridge, which TransformerLens 4 keeps"
+JACOBIAN = "part of the Jacobian lens, which takes a raw TransformerBridge and nothing else"
 AUDIO = "audio models are not here"
 FAMILY = "this architecture is not among those that can be loaded yet"
 HUB = "it needs a data set from the hub"
@@ -18,8 +19,7 @@ MISSING: dict[str, str] = {
         factories.architecture_adapter_factory config.transformer_bridge_config
         utilities.bridge_components utilities.heterogeneous_config utilities.aliases
         utilities.architectures utilities.tracr
-        tools.analysis.jacobian_lens tools.analysis.jacobian_lens_coordinate_patch
-        tools.analysis.jacobian_lens_decomposition tools.analysis.backward_lens
+        tools.analysis.backward_lens
         ActivationCache.ActivationCache.ssm_layers
         ActivationCache.ActivationCache.compute_ssm_effective_attention
         ActivationCache.ActivationCache.compute_ssm_state
@@ -29,6 +29,10 @@ MISSING: dict[str, str] = {
         utilities.hf_utils.make_post_init_kwarg_tolerant
         utilities.multi_gpu.cast_floating_params_to_dtype
         utilities.multi_gpu.maybe_cast_floating_params utilities.multi_gpu.find_misplaced_modules
+        """,
+    JACOBIAN: """
+        tools.analysis.jacobian_lens tools.analysis.jacobian_lens_coordinate_patch
+        tools.analysis.jacobian_lens_decomposition
         """,
     AUDIO: """
         HookedAudioEncoder pretrained.weight_conversions.hubert

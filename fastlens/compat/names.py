@@ -8,11 +8,6 @@ import functools
 
 # Module of fastlens -> the names that live there; "theirs=ours" where ours is called differently.
 HOMES: dict[str, str] = {
-    "fastlens.compat.tools_analysis.attribution_patching": """AttributionResult
-        EdgeAttributionConfig GradientCache Granularity MetricFn Node NodeKind attribution_patch
-        cache_activation_and_gradient enumerate_nodes""",
-    "fastlens.compat.tools_analysis.direct_logit_attribution": """DirectLogitAttribution
-        TokenInput Unit direct_logit_attribution""",
     "fastlens.analysis.direct_path_patching": """get_act_patch_direct_path
         get_act_patch_direct_path_all_sources""",
     "fastlens.analysis.head_detector": """CACHE_WITH_SEQ_LIST_ERR DET_PAT_NOT_SQUARE_ERR
@@ -20,12 +15,6 @@ HOMES: dict[str, str] = {
         SEQ_LEN_ERR compute_head_attention_similarity_score detect_head
         get_duplicate_token_head_detection_pattern get_induction_head_detection_pattern
         get_previous_token_head_detection_pattern get_supported_heads""",
-    "fastlens.compat.tools_analysis.projection_kernel": """AttentionHeadRef AttentionRole
-        HeadAffinityPair HeadAffinityResult HeadKind LayerOrder ProjectionKernelResult
-        RandomSubspaceReference SubspaceBasis attention_head_subspace_affinity
-        orthonormal_subspace projection_kernel random_projection_kernel_moments""",
-    "fastlens.compat.tools_analysis.svd_circuits": """DegenerateDirectionError
-        HeadDecomposition HeadSVD RankReportRow Which decompose_head""",
     "fastlens.analysis.svd_interpreter": "OUTPUT_EMBEDDING SVDInterpreter VECTOR_TYPES",
     "fastlens.cache": "ActivationCache",
     "fastlens.compat.components": """ActivationFunctionFactory DeviceType Loss LossPerToken
@@ -36,6 +25,17 @@ HOMES: dict[str, str] = {
         get_num_params_of_pretrained get_official_model_name get_pretrained_model_config
         get_pretrained_state_dict make_model_alias_map""",
     "fastlens.compat.supported_models": "DEFAULT_MODEL_ALIASES MODEL_ALIASES OFFICIAL_MODEL_NAMES",
+    "fastlens.compat.tools_analysis.attribution_patching": """AttributionResult
+        EdgeAttributionConfig GradientCache Granularity MetricFn Node NodeKind attribution_patch
+        cache_activation_and_gradient enumerate_nodes""",
+    "fastlens.compat.tools_analysis.direct_logit_attribution": """DirectLogitAttribution
+        TokenInput Unit direct_logit_attribution""",
+    "fastlens.compat.tools_analysis.projection_kernel": """AttentionHeadRef AttentionRole
+        HeadAffinityPair HeadAffinityResult HeadKind LayerOrder ProjectionKernelResult
+        RandomSubspaceReference SubspaceBasis attention_head_subspace_affinity
+        orthonormal_subspace projection_kernel random_projection_kernel_moments""",
+    "fastlens.compat.tools_analysis.svd_circuits": """DegenerateDirectionError
+        HeadDecomposition HeadSVD RankReportRow Which decompose_head""",
     "fastlens.compat.utilities.activation_functions": """ActivationFunction SOFTCAP_DISABLED
         SUPPORTED_ACTIVATIONS XIELU apply_softcap gelu_fast gelu_new gelu_pytorch_tanh relu2
         softcap_enabled solu xielu""",

@@ -66,6 +66,7 @@ class GenerationMixin:
     tokenizer: Any
     embed: nn.Module
     hook_embed: nn.Module
+    hook_tokens: nn.Module
     get_residual: Any
     forward: Any
     _tokenize: Any
@@ -128,13 +129,14 @@ class GenerationMixin:
                 f"{did_you_mean(str(return_type), _RETURN_TYPES)}"
             )
         _warn_of_unknown(generation_kwargs)
+        repetition_penalty = generation_kwargs.get("repetition_penalty")
         sampling = Sampling(
             do_sample,
             top_k,
             top_p,
             temperature,
             freq_penalty,
-            float(generation_kwargs.get("repetition_penalty") or 1.0),
+            1.0 if repetition_penalty is None else float(repetition_penalty),
         )
         prompt = self._prompt(input, prepend_bos, padding_side)
         sampling = _without_counts(sampling) if prompt.kind == "embeds" else sampling
@@ -247,6 +249,8 @@ class GenerationMixin:
         self, input: Any, prepend_bos: bool | None, padding_side: Literal["left", "right"] | None
     ) -> Prompt:
         device = self.cfg.device
+        if padding_side not in (None, "left", "right"):
+            raise TokenError(f"padding_side={padding_side!r} must be 'left', 'right' or None.")
         if isinstance(input, str) or (
             isinstance(input, list) and all(isinstance(item, str) for item in input)
         ):
@@ -334,7 +338,12 @@ class GenerationMixin:
         return step
 
     def _embedded(self, run: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        return run if run.ndim == 3 else self.hook_embed(self.embed(run))
+        # Copies: a hook that writes in place must not write to the caller's tensor, nor to what the
+        # next step reads. Rotary and ALiBi models add nothing to embeddings before the first hook.
+        if run.ndim == 3:
+            return run.clone()
+        run = self.hook_tokens(run.clone()) if self.cfg.use_hook_tokens else run
+        return self.hook_embed(self.embed(run))
 
     def _next_logits(
         self,

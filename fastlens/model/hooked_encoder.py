@@ -180,7 +180,7 @@ class HookedEncoder(RandomWeightsMixin, StackedWeights, TransformerRoot):
         if token_type_ids is not None:
             token_type_ids = token_type_ids.to(device)
         if one_zero_attention_mask is not None:
-            one_zero_attention_mask = one_zero_attention_mask.to(device, torch.long)
+            one_zero_attention_mask = (one_zero_attention_mask != 0).to(device, torch.long)
         resid = self.hook_full_embed(self.embed(tokens.to(device), token_type_ids))
         for block in self.blocks:
             resid = block(resid, attention_mask=one_zero_attention_mask)

@@ -190,13 +190,13 @@ class HookedEncoderDecoder(StackedWeights, TransformerRoot):
         return self.tokenizer
 
     def _start(self, batch_size: int) -> Int[Tensor, "batch one"]:
-        """What the decoder starts with: the pad token, as T5 was trained."""
-        token = None if self.tokenizer is None else self.tokenizer.pad_token_id
-        if token is None:
-            token = self.cfg.decoder_start_token_id
+        """What the decoder was trained to start with; by default the pad token, as T5 was."""
+        token = self.cfg.decoder_start_token_id
+        if token is None and self.tokenizer is not None:
+            token = self.tokenizer.pad_token_id
         if token is None:
             raise TokenError(
-                "the decoder starts with the tokenizer's pad token or cfg.decoder_start_token_id, "
+                "the decoder starts with cfg.decoder_start_token_id or the tokenizer's pad token, "
                 "and this model has neither. Set one of them, or pass decoder_input."
             )
         return torch.full((batch_size, 1), token, dtype=torch.long, device=self.W_E.device)
@@ -215,7 +215,8 @@ class HookedEncoderDecoder(StackedWeights, TransformerRoot):
         Args:
             input: A text, a list of texts, or tokens ``[batch, pos]``, for the encoder.
             decoder_input: Tokens for the decoder, starting with the start token. For text it is by
-                default the start token alone (the tokenizer's pad token). None of them is masked.
+                default the start token alone: ``cfg.decoder_start_token_id``, else the tokenizer's
+                pad token. None of them is masked.
             return_type: ``"logits"``, or None to return nothing.
             one_zero_attention_mask: 0 for padding, of the input's shape; for text made by the
                 tokenizer. Without one, all tokens are attended to.

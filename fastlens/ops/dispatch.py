@@ -35,29 +35,31 @@ def kernels() -> dict[str, list[Kernel]]:
     return {op: sorted(ks, key=lambda k: -k.priority) for op, ks in sorted(found.items())}
 
 
-# What was chosen, by op, then device type and dtype. A compiler traces a look-up in a dict, and
-# cannot trace the choice.
-_CHOSEN: dict[str, dict[tuple[str, torch.dtype], Callable[..., Any]]] = {}
+# What was chosen. A compiler can trace a look-up in a dict, and cannot trace the choice.
+_CHOSEN: dict[tuple[str, str, torch.dtype], Callable[..., Any]] = {}
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def kernel_for(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
     """The function that runs ``op`` there: the best kernel that does not refuse."""
     if torch.compiler.is_compiling():
-        _keep(op, device_type, dtype)
-    if op in _CHOSEN:
-        chosen = _CHOSEN[op].get((device_type, dtype))
-        if chosen is not None:
-            return chosen
-    _keep(op, device_type, dtype)
-    return _CHOSEN[op][device_type, dtype]
+        _choose_all(device_type)
+    chosen = _CHOSEN.get((op, device_type, dtype))
+    if chosen is None:
+        chosen = _CHOSEN[op, device_type, dtype] = choose(op, device_type, dtype)
+    return chosen
 
 
-def _keep(op: str, device_type: str, dtype: torch.dtype) -> None:
-    _CHOSEN.setdefault(op, {})[device_type, dtype] = choose(op, device_type, dtype)
+def _choose_all(device_type: str) -> None:
+    """All at once: a compiler reads the dict once, at its first look-up."""
+    for op in kernels():
+        for dtype in _FLOATS:
+            key = op, device_type, dtype
+            _CHOSEN[key] = _CHOSEN.get(key) or choose(*key)
 
 
 # What torch.compiler.assume_constant_result does, which would load the compiler at import.
-_keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choose_all._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:

@@ -108,31 +108,31 @@ def codes(
         raise it if it does not fit the model.
     """
     is_several = isinstance(sae, Mapping | list | tuple)
-    if is_several and not len(sae):
+    listed = list(sae.values() if isinstance(sae, Mapping) else sae) if is_several else [sae]
+    if not listed:
         raise SweepError("there is no autoencoder. Give at least one.")
-    if is_several and layer is not None:
-        raise SweepError("layer= goes with one autoencoder; a dict has the layer of each.")
-    if isinstance(sae, Mapping):
-        by_layer, named = dict(sae), [_place_of(one) for one in sae.values()]
-    elif isinstance(sae, list | tuple):
-        named = [_place_of(one) for one in sae]
-        unplaced = [type(one).__name__ for one, place in zip(sae, named, strict=True) if not place]
-        if unplaced:
-            raise SweepError(
-                f"{unplaced[0]} does not say its layer. Give a dict: layer -> autoencoder."
-            )
-        by_layer = {place[0]: one for one, place in zip(sae, named, strict=True) if place}
-        if len(by_layer) < len(named):
-            raise SweepError("two of the autoencoders stand in one layer. Make a site of each.")
-    else:
-        named = [_place_of(sae)]
-        if layer is None and named[0] is not None:
-            layer = named[0][0]
-        if layer is None:
-            raise SweepError(f"{type(sae).__name__} does not say its layer. Give layer= and site=.")
-        by_layer = {layer: sae}
-    for one in by_layer.values():
+    if is_several and (layer is not None or decoder is not None):
+        raise SweepError(
+            "layer= and decoder= go with one autoencoder; a dict has each one's layer."
+        )
+    for one in listed:
         _check_kind(one)
+    knows_layers = layer is not None or isinstance(sae, Mapping)
+    named = [None if knows_layers and site is not None else _place_of(one) for one in listed]
+    if isinstance(sae, Mapping):
+        by_layer = dict(sae)
+    elif layer is not None:
+        by_layer = {layer: sae}
+    else:
+        for one, place in zip(listed, named, strict=True):
+            if place is None:
+                raise SweepError(
+                    f"{type(one).__name__} does not say where it stands. Give layer= and site=, or "
+                    f"a dict: layer -> autoencoder."
+                )
+        by_layer = {place[0]: one for one, place in zip(listed, named, strict=True) if place}
+        if len(by_layer) < len(listed):
+            raise SweepError("two of the autoencoders stand in one layer. Make a site of each.")
     said = {place[1] for place in named if place is not None}
     if site is None and len(said) != 1:
         raise SweepError(
@@ -243,9 +243,11 @@ class PlacedCodes:
         """
         sae, kind = self.sae, type(self.sae)
         cfg = getattr(sae, "cfg", None)
-        fields = cfg.to_dict() if callable(getattr(cfg, "to_dict", None)) else {}
-        fields = {name: value for name, value in fields.items() if name not in ("device",)}
-        text = json.dumps(fields, sort_keys=True, default=str)
+        to_dict = getattr(cfg, "to_dict", None)
+        fields: Any = to_dict() if callable(to_dict) else {}
+        # Where it runs changes no number, and what is no number or text may print its address.
+        fields = {name: value for name, value in fields.items() if name != "device"}
+        text = json.dumps(fields, sort_keys=True, default=lambda value: type(value).__name__)
         with evaluating(self.modules()), torch.no_grad():
             c = self.encode(_trial(self.width, self.like))
             # Bits may depend on threads; which features are active does not.

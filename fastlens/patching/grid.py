@@ -106,8 +106,8 @@ def grid_of(
     ]
     if not found or len(set(named)) < len(named):
         raise SweepError(
-            f"sites= names {', '.join(named) or 'nothing'}: give at least one, each once "
-            f"(codes of one place can be given names of their own)."
+            f"sites= ({', '.join(named)}) is empty or names a site twice. Codes of one place "
+            f"can be given names of their own."
         )
     axes = [sweep_axes(site, by) for site in found]
     if len(set(axes)) > 1:

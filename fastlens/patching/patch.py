@@ -193,7 +193,7 @@ def sizes_of(site: Site, cfg: Any, n_pos: int, n_features: int = 0) -> dict[str,
         **dict.fromkeys(("pos", "query_pos", "key_pos"), n_pos),
         "head": n_heads(site, cfg),
         "neuron": cfg.d_mlp or 0,
-        "feature": n_features,
+        **({"feature": n_features} if n_features else {}),
     }
 
 

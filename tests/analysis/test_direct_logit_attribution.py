@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastlens.analysis.direct_logit_attribution import direct_logit_attribution
-from fastlens.errors import ConfigError, FastlensError, MetricError
+from fastlens.errors import ConfigError, FastlensError, MetricError, SweepError
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS
+from tests.encoders import ours as encoder
 from tests.models import ours, prompts
 from tests.patching.against_hooks import mask_of
 from tests.patching.texts import text_model
@@ -214,3 +215,5 @@ def test_what_is_refused():
         direct_logit_attribution(model, tokens, 3, by="heads")
     with pytest.raises(MetricError, match="3 answers for 2 examples"):
         direct_logit_attribution(model, tokens, [1, 2, 3])
+    with pytest.raises(SweepError, match="a HookedEncoder cannot be swept"):
+        direct_logit_attribution(encoder(), tokens, 3)

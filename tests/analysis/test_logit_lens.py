@@ -8,6 +8,7 @@ from fastlens.analysis.logit_lens import logit_lens
 from fastlens.errors import FastlensError, SweepError, TokenError
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS
+from tests.encoders import ours as encoder
 from tests.models import ours, prompts
 from tests.patching.against_hooks import mask_of
 from tests.patching.texts import text_model
@@ -120,6 +121,29 @@ def test_hooks_and_foreign_modules_are_seen():
     assert_close_to(scores.per_example[:, -1], final[..., 3] - final[..., 7], atol=1e-11)
 
 
+@pytest.mark.parametrize("place", ["ln_final.hook_normalized", "unembed.hook_in"])
+def test_hooks_at_the_end_see_the_whole_batch_and_all_positions(place):
+    """A hook that edits one position of one example edits no other."""
+    model = ours("gpt2", dtype=torch.float64)
+    tokens = prompts(3, 9)
+
+    def one_place(activation, hook):
+        activation = activation.clone()
+        activation[1, 5], activation[:, -1] = 0.0, 2 * activation[:, -1]
+        return activation
+
+    model.add_hook(place, one_place)
+    with torch.no_grad():
+        final = model(tokens)
+    for at in (None, [-1, 5, 0]):
+        scores = logit_lens(model, tokens, 3, positions=at, measure="logit")
+        want = final[..., 3] if at is None else final[:, at, 3]
+        assert_close_to(scores.per_example[:, -1], want, atol=1e-11)
+    by_default = logit_lens(model, tokens)
+    best = final.softmax(-1).amax(-1)
+    assert_close_to(by_default.per_example[:, -1], best, atol=1e-11)
+
+
 def test_a_stream_that_says_one_token_says_it():
     """W_U is the identity and layers do nothing: each layer answers the token it was given."""
     model = ours(
@@ -148,3 +172,5 @@ def test_what_is_refused():
         logit_lens(model, tokens, [1, 2, 3])
     with pytest.raises(SweepError, match="out of range"):
         logit_lens(model, tokens, 3, positions=9)
+    with pytest.raises(SweepError, match="a HookedEncoder cannot be swept"):
+        logit_lens(encoder(), tokens, 3)

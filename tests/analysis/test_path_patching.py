@@ -11,6 +11,7 @@ from fastlens.errors import SweepError
 from fastlens.patching import logit_diff, sweep
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS
+from tests.encoders import ours as encoder
 from tests.models import ours, theirs
 from tests.patching.against_hooks import mask_of, pairs
 from tests.patching.texts import text_model
@@ -321,3 +322,9 @@ def test_mlps_that_are_none():
     clean, corrupted = pairs(1, 7)
     with pytest.raises(SweepError, match="'recompute' or 'freeze'"):
         path_patching(ours("gpt2"), clean, corrupted, metric=METRIC, mlps="frozen")
+
+
+def test_a_model_without_one_stack_of_blocks():
+    clean, corrupted = pairs(1, 7)
+    with pytest.raises(SweepError, match="a HookedEncoder cannot be swept"):
+        path_patching(encoder(), clean, corrupted, metric=METRIC)

@@ -48,7 +48,8 @@ def report(name: str, value: Any) -> None:
     """Print one result; tensors become lists."""
     if isinstance(value, torch.Tensor):
         value = value.detach().tolist()
-    print(json.dumps({"name": name, "value": value}), flush=True)
+    sys.stdout.write(json.dumps({"name": name, "value": value}) + "\n")
+    sys.stdout.flush()
 
 
 def drawn(kind: type, config: type, hook: str, **fields: Any) -> Any:
@@ -98,9 +99,7 @@ def attach(model: Any, tokens: torch.Tensor) -> None:
         edited = model.run_with_hooks_with_saes(
             tokens,
             saes=[sae],
-            fwd_hooks=[
-                (f"{hook}.hook_sae_acts_post", partial(zero_features, features=[1, 5, 90]))
-            ],
+            fwd_hooks=[(f"{hook}.hook_sae_acts_post", partial(zero_features, features=[1, 5, 90]))],
         )
         report(f"{hook} edited", edited[:, -1])
     together = model.run_with_saes(tokens, saes=saes, use_error_term=True)

@@ -221,8 +221,10 @@ def canonical(value: Any, name: str) -> str:
     """The name of a function, member or class where it is defined; other things keep theirs."""
     if isinstance(value, functools.partial):
         return name
-    where = home(value) if inspect.isclass(value) else home(function_of(value))
-    return where or name
+    defined = value if inspect.isclass(value) else function_of(value)
+    if not str(getattr(defined, "__module__", "")).startswith(ROOT):
+        return name  # a constant, or inherited from torch
+    return home(defined) or name
 
 
 def find(path: str) -> Any:

@@ -17,6 +17,8 @@ import fastlens
 from fastlens.compat import finder
 from fastlens.compat.finder import install, is_installed, uninstall
 from fastlens.compat.names import MODULES, names_of
+from tests import models
+from tests.close import assert_close_to
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,6 +204,26 @@ def test_side_by_side():
         assert type(past) is fastlens.TransformerLensKeyValueCache
         assert past[0].past_keys.shape == (2, 0, 2, 4)
     assert type(pickle.loads(written)[0]) is real.HookedTransformerConfig
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_whole_models_and_caches_that_transformerlens_saved(name, tmp_path):
+    pytest.importorskip("transformer_lens")
+    theirs, tokens = models.theirs(name), models.prompts()
+    want, cache = theirs.run_with_cache(tokens)
+    torch.save([theirs, cache], tmp_path / "saved.pt")
+    with install():
+        model, cache = torch.load(tmp_path / "saved.pt", weights_only=False)
+    assert type(model) is fastlens.HookedTransformer and type(cache) is fastlens.ActivationCache
+    assert_close_to(model(tokens), want)
+    got, own = model.run_with_cache(tokens)
+    assert_close_to(got, want)
+    assert_close_to(cache["z", 0], own["z", 0])
+    doubled = model.run_with_hooks(
+        tokens, fwd_hooks=[("blocks.0.hook_mlp_out", lambda x, hook: x * 2)]
+    )
+    assert (doubled - want).abs().max() > 0.1
 
 
 def test_the_package_itself_has_the_names():

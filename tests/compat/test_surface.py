@@ -202,7 +202,7 @@ def codes(value: Any) -> set[types.CodeType]:
         for base in value.__mro__:
             for member in vars(base).values():
                 function = surface.function_of(member)
-                if function is not None and base.__module__ != "builtins":
+                if function is not None and base.__module__.startswith((ROOT, "fastlens")):
                     found |= codes(function)
         return found
     while function is not None:

@@ -1,6 +1,7 @@
 """The documentation builds without a warning, and the reference names everything public."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,8 @@ def test_every_public_name_is_in_the_reference():
     for name in fastlens.__all__:
         assert name in pages, name
 
+
+
+def test_the_page_of_missing_names_is_up_to_date():
+    tool = runpy.run_path(str(ROOT / "tools" / "missing_names.py"))
+    assert tool["PAGE"].read_text(encoding="utf-8") == tool["page"]()

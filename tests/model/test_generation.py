@@ -508,6 +508,41 @@ def test_hooks_act_at_every_step(gpt2):
         assert greedy(gpt2, "Hi") == greedy(gpt2, "x") != [plain[1]]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "alibi", "shortformer"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_hook_that_writes_in_place_writes_to_no_prompt(name, cache):
+    def double(x, hook):
+        x *= 2
+
+    model = model_of(name)
+    tokens = model.to_tokens(PROMPTS[0])
+    embeddings = model.embed(tokens).detach()
+    before = embeddings.clone()
+    with model.hooks([("blocks.0.hook_resid_pre", lambda x, hook: 2 * x)]):
+        expected = greedy(model, tokens)
+    with model.hooks([("blocks.0.hook_resid_pre", double)]):
+        assert greedy(model, tokens, use_past_kv_cache=cache) == expected
+        assert greedy(model, embeddings, use_past_kv_cache=cache) == expected
+    assert torch.equal(embeddings, before)
+
+
+def test_hooks_on_tokens_act_at_every_step():
+    model = model_of("gpt2", use_hook_tokens=True)
+    tokens = model.to_tokens(PROMPTS[0])
+    before = tokens.clone()
+
+    def next_token(x, hook):
+        x += 1
+
+    plain = greedy(model, tokens)
+    with model.hooks([("hook_tokens", next_token)]):
+        shifted = greedy(model, tokens)
+        assert shifted == greedy(model, tokens, use_past_kv_cache=False) != plain
+    with model.hooks([("hook_embed", lambda x, hook: model.W_E[tokens + 1])]):
+        assert greedy(model, tokens, max_new_tokens=1) == [shifted[0][:1]]
+    assert torch.equal(tokens, before)
+
+
 def test_training_mode_is_put_back_even_if_a_hook_raises():
     model = model_of("gpt2").train()
     model.blocks[1].eval()
@@ -645,6 +680,7 @@ def test_what_a_stream_refuses_or_warns_of(gpt2):
         (torch.zeros(1, 2, 3), {}, ShapeError, r"\[batch, pos, 32\], found \[1, 2, 3\]"),
         (torch.zeros(1, 2, 3, dtype=torch.long), {}, ShapeError, r"found \[1, 2, 3\]"),
         ("Hi", {"top_k": 0}, AssertionError, "top_k=0"),
+        ("Hi", {"repetition_penalty": 0}, AssertionError, "repetition_penalty=0.0"),
         ("Hi", {"padding_side": "middle"}, Exception, "padding_side"),
     ],
 )

@@ -421,6 +421,10 @@ def test_masks_of_any_dtype(dtype):
     want = model(**given)
     given["one_zero_attention_mask"] = given["one_zero_attention_mask"].to(dtype)
     assert torch.equal(model(**given), want)
+    if dtype.is_floating_point:
+        # Zero alone is padding, as in TransformerLens.
+        given["one_zero_attention_mask"] = given["one_zero_attention_mask"] * 0.5
+        assert torch.equal(model(**given), want)
 
 
 def test_attention_looks_both_ways_and_causal_configs_do_not():

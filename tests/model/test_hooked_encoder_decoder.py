@@ -526,6 +526,9 @@ def test_the_start_of_the_decoder():
     with pytest.raises(TokenError, match="decoder_start_token_id"):
         ours_t5()._start(1)
     assert ours_t5(decoder_start_token_id=7)._start(1).tolist() == [[7]]
+    # A checkpoint's start token is not always its tokenizer's pad token.
+    assert ours_t5(t5_tokenizer(), decoder_start_token_id=7)._start(1).tolist() == [[7]]
+    assert ours_t5(t5_tokenizer())._start(1).tolist() == [[PAD]]
 
 
 def test_padding_that_is_not_masked_is_noticed(caplog):

@@ -179,6 +179,7 @@ def wave_logits(query: SweepPlan) -> Tensor:
     wave = Wave(
         *(model, frame, query.stem, query.sources, query.prompts.n_pos),
         keep_streams=len(made.chunks) > 1,
+        codes=query.codes,
     )
     found: dict[int, Tensor] = {}
     counts = torch.zeros(frame.n_layers, len(COUNTED), dtype=torch.long)
@@ -204,6 +205,10 @@ def wave_logits(query: SweepPlan) -> Tensor:
                 rows = final.table[own][:, list(frame.needed)]
                 assert bool((rows >= 0).all())
                 found[run] = logits[rows]
+    if query.codes:
+        # A run that leaves all codes as they were takes no rows, which no plan can know.
+        assert bool((counts <= torch.from_numpy(made.counts)).all())
+        return torch.stack([found.get(first, base) for first in made.same_as])
     assert torch.equal(counts, torch.from_numpy(made.counts)), (counts, made.counts)
     if len(made.chunks) > 1:
         # The stems' own pass, in front of the chunks.

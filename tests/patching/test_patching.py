@@ -4,8 +4,8 @@ import fastlens
 from fastlens import patching
 
 OURS = {
-    "Patch", "SweepPlan", "answer_logit", "answer_prob", "cross_entropy", "execute",
-    "kl_divergence", "logit_diff", "plan", "sweep",
+    "Codes", "Patch", "SweepPlan", "answer_logit", "answer_prob", "codes", "cross_entropy",
+    "execute", "kl_divergence", "logit_diff", "plan", "sweep",
 }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def test_runs_are_the_product_of_by_in_its_order():
         ((1, 0), 2, (None, (0,))),
         ((1, 1), 2, (None, (3,))),
     ]
-    assert {run.patches[0][-2:] for run in runs} == {(0, "replace")}
+    assert {run.patches[0][-3:-1] for run in runs} == {(0, "replace")}
 
 
 def test_another_order_of_axes():

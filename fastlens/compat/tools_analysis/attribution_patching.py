@@ -204,6 +204,8 @@ def attribution_patch(
             f"clean and corrupt must be tokens [batch, pos] of one shape; got {list(clean.shape)} "
             f"and {list(corrupt.shape)}."
         )
+    if not len(clean):
+        return AttributionResult({})
     totals: dict[str, Tensor] = {}
     cache: GradientCache | None = None
     for a, b in zip(clean.split(1), corrupt.split(1), strict=True):
@@ -214,8 +216,7 @@ def attribution_patch(
                 raise ValueError(f"the metric does not depend on {name!r}: it has no gradient.")
             change = (target.activations[name] - cache.activations[name]) * gradient
             totals[name] = totals.get(name, 0.0) + change[0].sum(-1)
-    if cache is None:
-        return AttributionResult({})
+    assert cache is not None
     means = {name: (total / len(clean)).tolist() for name, total in totals.items()}
     scores: dict[Node, float] = {}
     for node in enumerate_nodes(model, cache):

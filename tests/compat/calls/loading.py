@@ -11,7 +11,8 @@ from tests.compat.library import Library
 from tests.weights.checkpoints import VOCAB, hf_model, save_folder
 
 # Of the fields TransformerLens gives, those that say what a model computes.
-FIELDS = """d_model d_head n_heads d_mlp n_layers n_ctx eps d_vocab act_fn use_attn_scale
+# (It caps some models' n_ctx at 2048.)
+FIELDS = """d_model d_head n_heads d_mlp n_layers eps d_vocab act_fn use_attn_scale
 use_local_attn scale_attn_by_inverse_layer_idx normalization_type original_architecture
 positional_embedding_type rotary_base rotary_dim gated_mlp n_key_value_heads
 parallel_attn_mlp rotary_adjacent_pairs""".split()
@@ -30,20 +31,19 @@ def _folder(case: str) -> Path:
 _KEPT: dict[str, Any] = {}
 
 
-def _fields(found: Any) -> dict[str, Any]:
-    table = found if isinstance(found, dict) else found.to_dict()
-    # A field that is left out has its default.
-    defaults = {"use_local_attn": False, "scale_attn_by_inverse_layer_idx": False}
-    defaults |= {"parallel_attn_mlp": False, "gated_mlp": False}
-    defaults |= {"positional_embedding_type": "standard", "use_attn_scale": True}
-    defaults |= {"rotary_adjacent_pairs": False, "rotary_base": 10000}
-    return {name: table.get(name, defaults.get(name)) for name in FIELDS}
+def _fields(lens: Library, found: Any) -> dict[str, Any]:
+    """What the config says that is made of it: fields that are left out have defaults."""
+    if isinstance(found, dict):
+        found = lens("config.HookedTransformerConfig").from_dict({**found, "device": "cpu"})
+    return {name: getattr(found, name) for name in FIELDS}
 
 
 def _configs(name: str, **options: Any):
     def call(lens: Library):
         function = lens(f"loading_from_pretrained.{name}")
-        return {case: _fields(function(str(_folder(of)), **options)) for case, of in CASES.items()}
+        return {
+            case: _fields(lens, function(str(_folder(of)), **options)) for case, of in CASES.items()
+        }
 
     return call
 

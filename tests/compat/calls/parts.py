@@ -41,7 +41,7 @@ def _attention(use, model: str = "gpt2", kind: str = "Attention", **changes):
 
 
 ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
-HEADS = {"calculate_qkv_matrices", "calculate_attention_scores", "calculate_z_scores"}
+HEADS = ("calculate_qkv_matrices", "calculate_attention_scores", "calculate_z_scores")
 
 
 def _turned(attn, lens):

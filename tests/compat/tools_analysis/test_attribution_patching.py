@@ -169,3 +169,5 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="hook_mlp_out"):
         enumerate_nodes(model, GradientCache({"hook_embed": tokens}, {}, torch.tensor(0.0)))
     assert AttributionResult({}).top_nodes() == []
+    # No pairs have no scores, as in TransformerLens.
+    assert attribution_patch(model, tokens[:0], tokens[:0], metric).node_scores == {}
