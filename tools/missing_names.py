@@ -1,6 +1,6 @@
 """Write docs/missing.md: TransformerLens' public names that fastlens lacks, each with its reason.
 
-    python tools/missing_names.py
+python tools/missing_names.py
 """
 
 from pathlib import Path
@@ -11,7 +11,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "missing.md"
 HEAD = """\
 # Names that are missing
 
-Public names of TransformerLens 3.9 that fastlens has not; a name stands for everything below it. A test compares this list with the installed package: whatever else is missing fails.
+Public names of TransformerLens 3.9 that fastlens has not; a name stands for everything below it.
+A test compares this list with the installed package: whatever else is missing fails.
 """
 
 

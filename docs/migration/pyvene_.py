@@ -1,5 +1,4 @@
 import pyvene
-import torch
 
 config, tokenizer, gpt2 = pyvene.create_gpt2_lm("gpt2")
 clean, corrupted = (

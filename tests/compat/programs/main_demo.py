@@ -123,7 +123,7 @@ with torch.enable_grad():
     trained = HookedTransformer(
         HookedTransformerConfig(
             n_layers=1, d_model=32, d_head=8, n_ctx=16, d_vocab=20, act_fn="solu_ln", seed=4
-        )  # fmt: skip
+        )
     )
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     data = torch.randint(0, 20, (8, 16), generator=torch.Generator().manual_seed(2))
