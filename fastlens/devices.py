@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastlens.errors import ConfigError
 from fastlens.settings import ALLOW_MPS
 
 _warned: set[str] = set()
@@ -76,19 +77,27 @@ def move_to_and_update_config(
 
     Args:
         print_details: Say what is done, in TransformerLens' words.
+
+    Raises: ConfigError for a dtype in the place of ``print_details``; what torch raises for a
+        device or dtype that cannot be had, and the config is then as it was.
     """
-    if isinstance(device_or_dtype, torch.dtype):
-        if hasattr(model.cfg, "dtype"):
-            model.cfg.dtype = device_or_dtype
-        said = ("Changing model dtype to", device_or_dtype)
-    else:
-        device = torch.device(device_or_dtype)
-        warn_if_mps(device)
-        model.cfg.device = str(device)
-        said = ("Moving model to device: ", model.cfg.device)
+    if isinstance(print_details, torch.dtype):
+        raise ConfigError(
+            f"a model was to be moved to {device_or_dtype} and cast to {print_details} at once. "
+            f"Do one after the other: model.to({str(device_or_dtype)!r}).to({print_details})."
+        )
+    is_dtype = isinstance(device_or_dtype, torch.dtype)
+    field, value = "dtype", device_or_dtype
+    said = "Changing model dtype to"
+    if not is_dtype:
+        warn_if_mps(device_or_dtype)
+        field, value = "device", str(torch.device(device_or_dtype))
+        said = "Moving model to device: "
     if print_details:
-        print(*said)  # noqa: T201 - TransformerLens prints here
+        print(said, value)  # noqa: T201 - TransformerLens prints here
     nn.Module.to(model, device_or_dtype)  # type: ignore[arg-type]
+    if not is_dtype or hasattr(model.cfg, field):
+        setattr(model.cfg, field, value)
     return model
 
 

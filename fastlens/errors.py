@@ -65,6 +65,10 @@ class PatchIndexError(SweepError, AssertionError, IndexError, KeyError):
     axes that are not known. TransformerLens raises any of the four for this."""
 
 
+class SiteError(FastlensError, IndexError):
+    """A table of sites names a place that the activation does not have, or names one twice."""
+
+
 class MissingDependencyError(FastlensError, ImportError):
     """An optional package is needed for what was asked."""
 

@@ -102,6 +102,8 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Dataset) ->
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, step / warmup_steps))
     loader = DataLoader(dataset, batch_size=config.batch_size, shuffle=True)
     model.to(get_device() if config.device is None else config.device)
+    # What an earlier backward left must not become part of the first step.
+    optimizer.zero_grad()
     for epoch in tqdm(range(1, config.num_epochs + 1)):
         samples = 0
         for step, batch in tqdm(enumerate(loader)):

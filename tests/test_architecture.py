@@ -55,7 +55,8 @@ PUBLIC_NAMES = [
 LAZY_PACKAGES = {
     "gguf", "matplotlib", "pandas", "plotly", "transformer_lens", "transformers", "triton",
 }  # fmt: skip
-IMPORT_COST = 1.25
+# In units of `import torch`. The star asks for every public name.
+IMPORT_COST = {"import fastlens": 1.25, "from fastlens import *": 1.4}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 
 each_module = pytest.mark.parametrize("path", MODULES, ids=NAMES)
@@ -253,19 +254,19 @@ def probe(statement: str) -> tuple[float, set[str]]:
     return 1 + more_seconds / torch_seconds, set(modules)
 
 
-@pytest.mark.parametrize("statement", ["import fastlens", "from fastlens import *"])
+@pytest.mark.parametrize("statement", IMPORT_COST)
 def test_importing_fastlens_is_light(statement):
     """No heavy package is loaded, and the cost is that of torch (least of up to five runs).
 
     `import fastlens` loads its parts at first use, so every public name is asked for as well.
     """
     ratios = []
-    while len(ratios) < 5 and (not ratios or min(ratios) > IMPORT_COST):
+    while len(ratios) < 5 and (not ratios or min(ratios) > IMPORT_COST[statement]):
         ratio, loaded = probe(statement)
         ratios.append(ratio)
         assert "fastlens" in loaded
         assert not loaded & LAZY_PACKAGES
-    assert min(ratios) <= IMPORT_COST, f"{statement} costs {min(ratios):.2f} x import torch"
+    assert min(ratios) <= IMPORT_COST[statement], f"{statement} costs {min(ratios):.2f} x import torch"
 
 
 def tracked_files() -> list[Path]:

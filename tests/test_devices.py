@@ -1,6 +1,7 @@
 """Choosing a device, moving a model with its config; TransformerLens' own is compared with in
 tests/compat/utilities."""
 
+import inspect
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn as nn
 
 from fastlens import devices
 from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError
 from tests.configs import tiny
 
 
@@ -76,6 +78,23 @@ def test_moving(capsys):
     model = Model()
     devices.move_to_and_update_config(model, torch.float64, print_details=False)
     assert model.W.dtype == torch.float64 and not hasattr(model.cfg, "dtype")
+
+
+@pytest.mark.parametrize("place", ["cuda:99", torch.int32])
+def test_a_move_that_fails_leaves_the_config_alone(place):
+    model = Model(dtype=torch.float32)
+    with pytest.raises((AssertionError, RuntimeError, TypeError)):
+        devices.move_to_and_update_config(model, place, print_details=False)
+    assert (model.cfg.device, model.cfg.dtype) == ("cpu", torch.float32)
+
+
+def test_a_dtype_in_second_place_is_not_dropped():
+    move: Any = devices.move_to_and_update_config
+    # Under pytest its annotation refuses it first.
+    with pytest.raises(Exception, match=r"float64"):
+        move(Model(dtype=torch.float32), "cpu", torch.float64)
+    with pytest.raises(ConfigError, match=r"model\.to\('cpu'\)\.to\(torch\.float64\)"):
+        inspect.unwrap(move)(Model(dtype=torch.float32), "cpu", torch.float64)
 
 
 def test_the_number_of_a_device_is_kept(monkeypatch):

@@ -59,6 +59,17 @@ def test_a_model_learns_its_data():
     assert model(data.rows, return_type="loss") < before / 2
 
 
+def test_gradients_from_before_are_not_part_of_it():
+    trained = []
+    for looked_at_before in (False, True):
+        model = ours("gpt2")
+        if looked_at_before:
+            (100 * model(Rows().rows, return_type="loss")).backward()
+        train(model, config(optimizer_name="SGD", lr=0.1, num_epochs=1), Rows())
+        trained.append(model.W_E.detach())
+    assert torch.equal(*trained)
+
+
 @pytest.mark.tl
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)

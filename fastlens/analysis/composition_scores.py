@@ -26,7 +26,8 @@ def composition_scores(model: Any, mode: str = "K") -> Scores:
             and values, as in ``model.W_K``.
 
     Returns: `Scores` with axes ``("sender_layer", "sender_head", "layer", "head")``. A sender in
-    the receiver's layer or behind it cannot be read: its score is 0.
+    the receiver's layer or behind it cannot be read: its score is 0. That of a head whose weights
+    are zero is NaN, which ``top`` leaves out.
 
     Cost: as ``model.all_composition_scores``: products of ``d_head x d_head`` for each pair.
     """

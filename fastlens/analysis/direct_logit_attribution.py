@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn as nn
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,7 +47,8 @@ def direct_logit_attribution(
         by: ``"component"``: the embeddings and every attention and MLP layer. ``"head"``: every
             head, with MLP layers and embeddings. ``"neuron"``: every MLP neuron, with attention
             layers and embeddings.
-        position: Where the logit is read, one or one for each prompt; negative counts from the end.
+        position: Where the logit is read, one or one for each prompt; negative counts from the end,
+            padding included. What is there must not be padding.
         rest: False leaves out all that is no head (neuron) and gives axes ``("layer", "head")``
             (``("layer", "neuron")``), ready for a heatmap; ``meta["rest"]`` is the sum of the
             others.
@@ -79,11 +81,16 @@ def direct_logit_attribution(
     metric = Metric(metric.name, "logits", metric.formula, metric.answers, position)
     title = metric.label
     metric = metric.bind(model)
-    run = _Run(model, metric.positions(given.batch, given.n_pos))
+    read = metric.positions(given.batch, given.n_pos)
+    given.check_not_padding(read)
+    run = _Run(model, read)
     masked = {} if given.mask is None else {"attention_mask": given.mask}
     with torch.no_grad():
-        model.run_with_hooks(given.clean, fwd_hooks=run.hooks(by), **masked)
-        logit = metric.of_rows(run.rows.pop("unembed.hook_out"))
+        logits = model.run_with_hooks(given.clean, fwd_hooks=run.hooks(by), **masked)
+        before_cap = run.rows.pop("unembed.hook_out")
+        capped = model.cfg.output_logits_soft_cap > 0
+        # What the model answers: a module's own hooks come behind its places.
+        logit = metric.of_rows(before_cap if capped else run.at_positions(logits))
         signs = (1.0, -1.0)[: len(metric.answers)]
         ids = [torch.as_tensor(one).expand(given.batch) for one in metric.answers]
         parts, labels, n_units = run.shares(by, ids, signs)
@@ -94,7 +101,6 @@ def direct_logit_attribution(
     if float(other.abs().max()) > TOLERANCE[model.cfg.dtype] * max(1.0, size):
         found, labels = torch.cat([found, other[:, None]], 1), [*labels, "other"]
     found = found.cpu()
-    capped = model.cfg.output_logits_soft_cap > 0
     meta = {
         "model": model.cfg.model_name,
         "by": by,
@@ -157,9 +163,12 @@ class _Run:
         return [(name, self._keep) for name in names]
 
     def _keep(self, activation: Tensor, hook: Any) -> None:
+        self.rows[hook.name] = self.at_positions(activation)
+
+    def at_positions(self, activation: Float[Tensor, "batch pos *rest"]) -> Tensor:
+        """What an activation is at each prompt's position, in float32 at least."""
         at = self.positions.to(activation.device)
-        row = activation.detach()[torch.arange(len(at), device=at.device), at]
-        self.rows[hook.name] = row.to(torch.promote_types(row.dtype, torch.float32))
+        return self._wide(activation.detach()[torch.arange(len(at), device=at.device), at])
 
     def shares(
         self, by: str, ids: Sequence[Tensor], signs: Sequence[float]
@@ -239,8 +248,13 @@ class _Run:
 
     def _norm(self, name: str, module: Any, is_rms: bool = False) -> FrozenNorm:
         kind = self.model.cfg.normalization_type
-        if kind is None:
+        if kind is None or isinstance(module, nn.Identity):
             return FrozenNorm()
+        if f"{name}.hook_scale" not in self.rows:
+            raise ConfigError(
+                f"{name} is a {type(module).__name__} without hook_scale, so the logit is no sum "
+                f"of what was written before it."
+            )
         gain, bias = (getattr(module, leaf, None) for leaf in ("w", "b"))
         return FrozenNorm(
             self.rows[f"{name}.hook_scale"],

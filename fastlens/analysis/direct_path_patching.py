@@ -13,7 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.decompose import FrozenNorm, head_results
-from fastlens.errors import HookNameError, LayerError, MetricError, SweepError, did_you_mean
+from fastlens.errors import (
+    HookNameError,
+    LayerError,
+    MetricError,
+    ShapeError,
+    SweepError,
+    did_you_mean,
+)
 from fastlens.patching import Patch
 from fastlens.patching.get_act_patch import CleanCache
 from fastlens.patching.metrics import Metric
@@ -62,7 +69,8 @@ def get_act_patch_direct_path(
     values are those of the destination's query head alone (TransformerLens fails there).
 
     Raises: HookNameError (a KeyError) for what a cache lacks; LayerError for a source that is not
-        there; MetricError for a metric that is no scalar.
+        there; ShapeError for a cache of other positions; MetricError for a metric that is no
+        scalar.
     """
     _check_component(component)
     results = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, device=model.cfg.device)
@@ -133,6 +141,7 @@ def _from_layer(
     batched = (tokens if tokens.ndim > 1 else tokens[None]).to(cfg.device)
     if not later:
         return torch.zeros(len(heads), 0, cfg.n_heads, device=cfg.device)
+    _check_positions(batched, clean_cache, corrupted_cache, layer)
     written = _written(model, clean_cache, corrupted_cache, layer, list(heads))
     runs = []
     for sent in written:
@@ -174,6 +183,20 @@ def _written(
         return written
     after = _frozen(model.cfg, block.ln1_post, f"blocks.{layer}.ln1_post", corrupted)
     return after.apply(written)
+
+
+def _check_positions(
+    tokens: Int[Tensor, "batch pos"], clean: CleanCache, corrupted: CleanCache, layer: int
+) -> None:
+    """Raises: ShapeError for a cache of other positions, which would be broadcast over these."""
+    for cache, which in _both(clean, corrupted):
+        shape = list(_activation(cache, f"blocks.{layer}.attn.hook_z", which).shape)
+        if len(shape) != 4 or shape[1] != tokens.shape[1]:
+            raise ShapeError(
+                f"hook_z of {which} has shape {shape}; for tokens {list(tokens.shape)} it must be "
+                f"[batch, {tokens.shape[1]}, head, d_head]. Cache whole prompts of one length, "
+                f"without pos_slice and remove_batch_dim."
+            )
 
 
 def _both(clean: CleanCache, corrupted: CleanCache) -> list[tuple[CleanCache, str]]:

@@ -75,10 +75,7 @@ def detect_head(
     Raises: HeadDetectorError (an AssertionError and a ValueError), LayerError for a layer that
         there is not.
     """
-    if error_measure not in get_args(ErrorMeasure):
-        raise HeadDetectorError(
-            f"error_measure={error_measure!r} must be one of {get_args(ErrorMeasure)}."
-        )
+    _check_measure(error_measure)
     if isinstance(detection_pattern, str) and detection_pattern not in HEAD_NAMES:
         raise HeadDetectorError(INVALID_HEAD_NAME_ERR % detection_pattern)
     options = {
@@ -170,9 +167,15 @@ def compute_head_attention_similarity_score(
 
     Neither matrix is changed.
     """
+    _check_measure(error_measure)
     if attention_pattern.ndim != 2 or attention_pattern.shape[0] != attention_pattern.shape[1]:
         raise HeadDetectorError(
             f"the attention pattern must be square; its shape is {tuple(attention_pattern.shape)}."
+        )
+    if detection_pattern.shape != attention_pattern.shape:
+        raise HeadDetectorError(
+            f"the detection pattern must have the attention pattern's shape "
+            f"{tuple(attention_pattern.shape)}; its shape is {tuple(detection_pattern.shape)}."
         )
     options = {
         "exclude_bos": exclude_bos,
@@ -180,6 +183,13 @@ def compute_head_attention_similarity_score(
         "error_measure": error_measure,
     }
     return _similarity(attention_pattern[None], detection_pattern, **options).item()
+
+
+def _check_measure(error_measure: str) -> None:
+    if error_measure not in get_args(ErrorMeasure):
+        raise HeadDetectorError(
+            f"error_measure={error_measure!r} must be one of {get_args(ErrorMeasure)}."
+        )
 
 
 _PATTERNS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -295,5 +305,9 @@ def _run(
         return lambda pattern, hook: score(layer, pattern[0])
 
     hooks = [(f"blocks.{layer}.attn.hook_pattern", reader(layer)) for layer in layers]
+    # One text has no padding: where a tokenizer pads left, tokens in front could be taken for it.
+    mask = torch.ones_like(tokens)
     with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=max(layers) + 1)
+        model.run_with_hooks(
+            tokens, fwd_hooks=hooks, stop_at_layer=max(layers) + 1, attention_mask=mask
+        )

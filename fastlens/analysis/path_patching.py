@@ -114,13 +114,15 @@ def path_patching(
     check_patchable(model)
     prompts = prompts_of(model, clean, corrupted, attention_mask)
     heard = _receivers(model, receivers)
+    is_plain = strategy_of(model).is_wave
+    # Hooks and modules of a user's may carry a message to any position.
+    everywhere = list(range(prompts.n_pos))
     paths = _Paths(
         *(model, prompts, direction, heard, mlps == "recompute"),
-        positions=_positions(model, prompts, heard, metric),
+        positions=_positions(model, prompts, heard, metric) if is_plain else everywhere,
         n_bytes=STREAM_BYTES if memory is None else bytes_of(memory),
     )
     with torch.no_grad():
-        is_plain = strategy_of(model).is_wave
         messages = paths.all_by_rows() if is_plain else paths.all_by_hooks()
     runs = {f"L{layer}H{head}": paths.patches(sent) for (layer, head), sent in messages.items()}
     # The value of senders that reach nothing, as this sweep sees it.
@@ -156,7 +158,11 @@ def _receivers(model: PatchableModel, receivers: Any) -> tuple[Receiver, ...]:
                 f"receivers={receivers!r} must be 'logits', or heads as (layer, head, 'q'), ..."
             )
         return ()
-    is_one = len(receivers) == 3 and isinstance(receivers[0], int)
+    if not isinstance(receivers, list | tuple):
+        raise SweepError(
+            f"receivers={receivers!r} must be 'logits', or a list of (layer, head, 'q')."
+        )
+    is_one = len(receivers) == 3 and hasattr(receivers[0], "__index__")
     listed = [receivers] if is_one else list(receivers)
     cfg = model.cfg
     found = []
@@ -164,6 +170,10 @@ def _receivers(model: PatchableModel, receivers: Any) -> tuple[Receiver, ...]:
         if not isinstance(one, list | tuple) or len(one) != 3 or one[2] not in INPUTS:
             raise SweepError(f"receiver {one!r} must be (layer, head, 'q'), with 'q', 'k' or 'v'.")
         layer, head, letter = one
+        if not (hasattr(layer, "__index__") and hasattr(head, "__index__")):
+            raise SweepError(f"receiver {one!r} must be (layer, head, 'q') with two integers.")
+        # Those of numpy and torch too.
+        layer, head = int(layer), int(head)
         heads = cfg.n_heads
         if letter != "q" and not cfg.ungroup_grouped_query_attention:
             heads = cfg.n_key_value_heads or heads

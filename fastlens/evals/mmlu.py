@@ -1,5 +1,6 @@
 """MMLU (Hendrycks et al. 2009.03300): multiple-choice questions, without examples in the prompt."""
 
+import operator
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -94,8 +95,9 @@ def mmlu_eval(
     Returns: ``"accuracy"``, ``"num_correct"``, ``"num_total"`` and ``"subject_scores"`` (accuracy
         by subject).
 
-    Raises: MMLUError without questions; TokenError if the tokenizer has one token for two letters;
-        and what `make_mmlu_data_loader` raises.
+    Raises: MMLUError without questions, or for one whose answer is not the number of a choice;
+        TokenError if the tokenizer has one token for two letters; and what
+        `make_mmlu_data_loader` raises.
     """
     from tqdm import tqdm
 
@@ -105,10 +107,11 @@ def mmlu_eval(
     right: dict[str, list[bool]] = {}
     for question in tqdm(list(data), desc="Evaluating MMLU"):
         letters = _letter_tokens(tokenizer, len(question["choices"]))
+        wanted = _right_answer(question)
         tokens = torch.tensor([_tokens(tokenizer, question)], device=model.cfg.device)
         logits = model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
         answer = int(logits[0, -1, letters].argmax())
-        right.setdefault(question["subject"], []).append(answer == question["answer"])
+        right.setdefault(question["subject"], []).append(answer == wanted)
     if not right:
         raise MMLUError("there are no questions to ask. Check subjects, num_samples and data.")
     total = sum(len(answers) for answers in right.values())
@@ -121,6 +124,20 @@ def mmlu_eval(
             subject: sum(answers) / len(answers) for subject, answers in right.items()
         },
     }
+
+
+def _right_answer(question: Mapping[str, Any]) -> int:
+    answer, n = question["answer"], len(question["choices"])
+    try:
+        number = operator.index(answer)
+    except TypeError:
+        number = -1
+    if not 0 <= number < n:
+        raise MMLUError(
+            f"answer={answer!r} must be the number of a choice, 0 to {n - 1} (0 for A), in the "
+            f"question {question['question'][:60]!r}."
+        )
+    return number
 
 
 def _tokens(tokenizer: Any, question: Mapping[str, Any]) -> list[int]:

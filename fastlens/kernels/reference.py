@@ -1,10 +1,17 @@
-"""The specification: every op in plain PyTorch, as its formula reads."""
+"""The specification: every op in plain PyTorch, as its formula reads.
+
+The ops on tables of sites and on packed weights stand in `reference_sites`, `reference_packed`.
+"""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility
+from fastlens.kernels.reference_packed import dequantize as dequantize
+from fastlens.kernels.reference_sites import capture as capture
+from fastlens.kernels.reference_sites import capture_int8 as capture_int8
+from fastlens.kernels.reference_sites import patch_sites as patch_sites
 
 
 def layer_norm(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,8 +31,11 @@ def batch_loss(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, ""]:
             f"utils.tokenize_and_concatenate makes such a dataset of texts."
         )
     tokens = batch["tokens"]
-    mask = batch.get("attention_mask")
-    mask = _sure_padding(getattr(model, "tokenizer", None), tokens) if mask is None else mask
+    mask, tokenizer = batch.get("attention_mask"), getattr(model, "tokenizer", None)
+    mask = _sure_padding(tokenizer, tokens) if mask is None else mask
+    if mask is None and getattr(tokenizer, "padding_side", None) == "left":
+        # Else the model takes a leading run of pad tokens for padding, whatever else they are.
+        mask = torch.ones_like(tokens)
     if mask is not None:
         mask = mask.to(model.cfg.device)
     tokens = tokens.to(model.cfg.device)

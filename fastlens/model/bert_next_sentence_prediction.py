@@ -66,7 +66,9 @@ class BertNextSentencePrediction:
 
         Raises: TokenError (a ValueError) unless there are two texts, or without a tokenizer.
         """
-        if not isinstance(input, list | tuple) or len(input) != 2:
+        is_pair = isinstance(input, list | tuple) and len(input) == 2
+        # Two lists would be read as first texts and second texts, not as two pairs.
+        if not is_pair or not all(isinstance(text, str) for text in input):
             raise TokenError(
                 f"next-sentence prediction takes two texts, as a list; found {input!r}. For "
                 f"several pairs tokenize them yourself, and pass tokens and token_type_ids."

@@ -263,7 +263,8 @@ class GenerationMixin:
                 f"generate continues a string, a list of strings, or a tensor of tokens or "
                 f"embeddings; found {type(input).__name__}."
             )
-        given = input.to(device)
+        # A copy: a stream is run later, when the caller may have written to the tensor.
+        given = input.to(device, copy=True)
         if given.is_floating_point():
             if given.ndim != 3 or given.shape[-1] != self.cfg.d_model:
                 raise ShapeError(
@@ -308,16 +309,35 @@ class GenerationMixin:
         # Where earlier tokens see later ones, their keys change with every token: run them all.
         if use_cache and self.cfg.attention_dir == "causal":
             cache = TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, batch)
-            return self._cached_step(prompt, mask, cache)
+            return self._cached_step(prompt, mask, cache, n_steps)
         return self._full_step(prompt, mask, n_steps)
 
     def _cached_step(
-        self, prompt: Prompt, mask: Tensor | None, cache: TransformerLensKeyValueCache
+        self,
+        prompt: Prompt,
+        mask: Tensor | None,
+        cache: TransformerLensKeyValueCache,
+        n_steps: int,
     ) -> Step:
+        done = 0
+        made: list[Tensor] = []
+        full_step: Step | None = None
+
         def step(new: Tensor | None) -> Tensor:
+            nonlocal done, full_step
+            kept = (entry.past_keys.shape[1] for entry in cache.entries)
+            if full_step is None and any(n != done for n in kept):
+                # A part that was replaced keeps no keys, or not all: it must be shown all tokens.
+                is_embeds = prompt.kind == "embeds"
+                text = [prompt.run, *(self._embedded(x) if is_embeds else x for x in made)]
+                shown = dataclasses.replace(prompt, run=torch.cat(text, 1))
+                full_step = self._full_step(shown, mask, n_steps)
+            if full_step is not None:
+                return full_step(new)
             run = prompt.run if new is None else new[:, None]
-            offset = cache[0].past_keys.shape[1]
-            seen = None if mask is None else mask[:, : offset + run.shape[1]]
+            made.extend([] if new is None else [run])
+            offset, done = done, done + run.shape[1]
+            seen = None if mask is None else mask[:, :done]
             return self._next_logits(self._embedded(run), offset, seen, cache)
 
         return step

@@ -87,10 +87,11 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
             self.hook_pos_embed = HookPoint("batch pos d_model")
         if cfg.use_hook_tokens:
             self.hook_tokens = HookPoint("batch pos")
-        self.blocks = nn.ModuleList([TransformerBlock(cfg, n) for n in range(cfg.n_layers)])
+        layers = [TransformerBlock(cfg, n) for n in range(cfg.n_layers)]
+        self.blocks = nn.ModuleList(layers)  # type: ignore[assignment]
         ln_final = final_norm(cfg)
         if ln_final is not None:
-            self.ln_final = ln_final
+            self.ln_final = ln_final  # type: ignore[assignment]
         self.unembed = Unembed(cfg)
         if cfg.init_weights:
             self.init_weights()
@@ -253,7 +254,13 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
                 f"attention_mask has shape {list(attention_mask.shape)}, tokens have "
                 f"{list(tokens.shape)}: they must be the same."
             )
-        attention_mask = attention_mask.to(tokens.device)
+        if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+            raise ShapeError(
+                "attention_mask holds other values than 0 (padding) and 1. A mask that is added to "
+                "scores cannot be given here: patch hook_attn_scores instead."
+            )
+        # Positions are counted with it.
+        attention_mask = attention_mask.to(tokens.device, torch.long)
         if past_kv_cache is not None:
             attention_mask = past_kv_cache.append_attention_mask(attention_mask)
         return attention_mask

@@ -216,12 +216,12 @@ class PlacedCodes:
     like: Tensor
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... feature"]:
-        """Codes of activations, in the autoencoder's own dtype and on its device."""
-        return _encoded(self.sae, x, self.heads, self.like)
+        """Codes of activations, in the autoencoder's own dtype."""
+        return _encoded(self.sae, x, self.heads, self.like).to(x.device)
 
     def decode(self, c: Float[Tensor, "... feature"]) -> Float[Tensor, "... d_in"]:
-        """Activations of codes."""
-        return _decoded(self.sae, c, self.heads)
+        """Activations of codes, in the autoencoder's own dtype."""
+        return _decoded(self.sae, c.to(self.like.device), self.heads).to(c.device)
 
     @property
     def said(self) -> str:

@@ -40,6 +40,17 @@ class Prompts:
         """Tokens per prompt."""
         return self.clean.shape[1]
 
+    def check_not_padding(self, positions: Sequence[int]) -> None:
+        """Raises: SweepError for a prompt whose position, one each, is padding."""
+        if self.mask is None:
+            return
+        for number, (row, position) in enumerate(zip(self.mask, positions, strict=True)):
+            if row[position] == 0:
+                raise SweepError(
+                    f"position {position} of prompt {number} is padding, where there is no answer "
+                    f"to read. Give position= one for each prompt, or pad on the left."
+                )
+
     def base_and_source(self, direction: str) -> tuple[Tensor, Tensor]:
         """The tokens that are run, and those whose activations are put in."""
         if direction == "denoising":
@@ -114,6 +125,11 @@ def _checked_mask(mask: Any, tokens: Tensor) -> Tensor | None:
         raise SweepError(
             f"attention_mask has shape {list(mask.shape)}, the prompts {list(tokens.shape)}: they "
             f"must be the same."
+        )
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise SweepError(
+            "attention_mask holds other values than 0 (padding) and 1. A mask that is added to "
+            "scores (0 for tokens, a large negative number for padding) is not one."
         )
     return mask.long()
 

@@ -250,6 +250,9 @@ def plan(
         )
         for name, one in listed
     ]
+    for reading in readings:
+        if reading.positions is not None:
+            prompts.check_not_padding(reading.positions)
     if normalize is not None:
         readings = [replace(reading, normalize=normalize) for reading in readings]
     sources = Sources(prompts.batch, prompts.n_pos, seed, keeps_graph=gradients)

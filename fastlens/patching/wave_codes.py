@@ -102,6 +102,7 @@ class _Edit:
     def __init__(self, layer: CodedLayer, name: str, codes: PlacedCodes, steps: Sequence[Entries]):
         self.layer, self.codes = layer, codes
         self.rows = layer.rows[name].flatten(1)
+        self.matrix = None if codes.matrix is None else codes.matrix.to(self.rows.device)
         table = layer.pack.table
         n_pos = table.shape[1]
         places = [layer.place(entries)[:2] for entries in steps]
@@ -119,7 +120,7 @@ class _Edit:
             item, by_item = rank[torch.searchsorted(every, key)].cpu().sort(stable=True)
             self.steps.append(_Step(entries.only(by_item.numpy()), item))
         has_whole = any(entries.column is None for entries in steps)
-        self.is_sparse = codes.matrix is not None and not has_whole
+        self.is_sparse = self.matrix is not None and not has_whole
         each = codes.n_features * codes.like.element_size()
         self.size = max(1, CODES_BYTES // (4 * each))
 
@@ -134,15 +135,15 @@ class _Edit:
             if self.is_sparse:
                 yield self._sparse(c, first, start, stop)
                 continue
-            is_shared = self.codes.matrix is None and not self.codes.needs_input
+            is_shared = self.matrix is None and not self.codes.needs_input
             before = self.codes.decode(c) if is_shared else None
             for low in range(start, stop, self.size):
                 yield self._dense(c, before, first, low, min(stop, low + self.size))
 
     def _sparse(self, c: Tensor, first: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Only of the features that are patched, and of these only what changes."""
-        n, matrix = self.codes.n_features, self.codes.matrix
-        assert matrix is not None
+        n = self.codes.n_features
+        assert self.matrix is not None
         parts, keys = [], []
         for step in self.steps:
             entries, item = step.between(start, stop)
@@ -153,7 +154,7 @@ class _Edit:
                 keys.append(item.to(feature.device) * n + feature)
         pairs = torch.cat(keys).unique()
         item, feature = pairs // n, pairs % n
-        old = c[self.row_of[item] - first, feature.to(c.device)]
+        old = c[self.row_of[item] - first, feature]
         new = old.clone()
         for entries, key in zip(parts, keys, strict=True):
             at = torch.searchsorted(pairs, key)
@@ -163,13 +164,13 @@ class _Edit:
         if not len(items):
             return items, self.rows[:0]
         change = F.embedding_bag(
-            feature[changes].to(matrix.device),
-            matrix,
-            (counts.cumsum(0) - counts).to(matrix.device),
+            feature[changes],
+            self.matrix,
+            counts.cumsum(0) - counts,
             mode="sum",
             per_sample_weights=(new - old)[changes],
         )
-        return items, change.to(self.rows.device)
+        return items, change
 
     def _dense(
         self, c: Tensor, before: Tensor | None, first: int, start: int, stop: int
@@ -183,11 +184,11 @@ class _Edit:
             if len(item):
                 feature = self.layer.place(entries)[2]
                 at = (item - start).to(new.device)
-                where = (at,) if feature is None else (at, feature.to(new.device))
+                where = (at,) if feature is None else (at, feature)
                 new[where] = applied(new[where], self._value(entries, old), entries.mode)
         changes = (new != old).any(1).nonzero()[:, 0]
-        if self.codes.matrix is not None:
-            change = (new - old)[changes] @ self.codes.matrix
+        if self.matrix is not None:
+            change = (new - old)[changes] @ self.matrix
         elif self.codes.needs_input:
             x = self.rows[self.distinct[first + local[changes]]]
             self.codes.encode(x)
@@ -197,8 +198,7 @@ class _Edit:
         else:
             assert before is not None
             change = self.codes.decode(new[changes]) - before[local[changes]]
-        items = torch.arange(start, stop, device=self.row_of.device)[changes.to(self.row_of.device)]
-        return items, change.to(self.rows.device)
+        return start + changes, change
 
     def _value(self, entries: Entries, like: Tensor) -> Any:
         """The value the source gives: a number, or ``[entry]``, or ``[entry, feature]``."""
@@ -211,9 +211,7 @@ class _Edit:
                 lambda one: self._found(pack.table[batch + one, pos], feature), example, batch
             )
         sizes = {"pos": wave.n_all_pos, "feature": self.codes.n_features, "batch": batch}
-        return source.of_entries(
-            "", 0, entries, example.to(like.device), sizes, like, axes=PER_FEATURE
-        )
+        return source.of_entries("", 0, entries, example, sizes, like, axes=PER_FEATURE)
 
     def _found(self, rows: Tensor, feature: Tensor | None) -> Tensor:
         """Codes of packed rows, of one feature each or whole."""
@@ -226,8 +224,8 @@ class _Edit:
             first = block * self.size
             c = self.codes.encode(self.rows[distinct[first : first + self.size]])
             some = order[start:stop]
-            at = (which[some] - first).to(c.device)
-            found.append(c[at] if feature is None else c[at, feature[some].to(c.device)])
+            at = which[some] - first
+            found.append(c[at] if feature is None else c[at, feature[some]])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        return torch.cat(found)[back.to(found[0].device)]
+        return torch.cat(found)[back]

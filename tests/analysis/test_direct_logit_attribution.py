@@ -1,5 +1,7 @@
 """Direct logit attribution: the shares sum to the logit, and each is its component's own."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -126,6 +128,16 @@ def test_batches_and_padding(name, padding):
             assert_close_to(whole.per_example[i], alone.values, atol=1e-12)
 
 
+def test_padding_is_no_place_to_read():
+    model, tokens = ours("gpt2"), prompts(3, 9)
+    with pytest.raises(SweepError, match="position 8 of prompt 0 is padding"):
+        direct_logit_attribution(model, tokens, 3, attention_mask=mask_of("right", 3, 9))
+    with pytest.raises(SweepError, match="position 0 of prompt 1 is padding"):
+        direct_logit_attribution(
+            *(model, tokens, 3), position=[2, 0, 0], attention_mask=mask_of("left", 3, 9)
+        )
+
+
 def test_texts_of_different_lengths():
     model = text_model()
     texts = ["The cat sat", "The dog sat on the mat"]
@@ -149,6 +161,22 @@ def test_a_hook_that_writes_into_the_stream_gets_a_row():
     assert scores.values[-1].abs() > 1e-3
     assert_close_to(scores.values[-2], plain.values[-1], atol=1e-12)
     assert len(model.hook_dict["blocks.1.hook_resid_pre"].fwd_hooks) == 1
+
+
+@pytest.mark.parametrize("by", UNITS)
+def test_replaced_norms_and_hooks_of_torch(by):
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts(3, 9)
+    model.ln_final = torch.nn.Identity()
+    plain = direct_logit_attribution(model, tokens, 3, by=by)
+    assert plain.labels["component"][-1] == "bias"
+    assert_close_to(plain.per_example.sum(1), model(tokens)[:, -1, 3].detach(), atol=1e-12)
+    model.unembed.register_forward_hook(lambda module, args, out: 2 * out)
+    doubled = direct_logit_attribution(model, tokens, 3, by=by)
+    assert doubled.labels["component"][-1] == "other"
+    assert_close_to(doubled.per_example.sum(1), model(tokens)[:, -1, 3].detach(), atol=1e-12)
+    model.ln_final = torch.nn.LayerNorm(32, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="ln_final is a LayerNorm without hook_scale"):
+        direct_logit_attribution(model, tokens, 3, by=by)
 
 
 def test_soft_capped_logits_are_taken_before_the_cap():
@@ -216,4 +244,4 @@ def test_what_is_refused():
     with pytest.raises(MetricError, match="3 answers for 2 examples"):
         direct_logit_attribution(model, tokens, [1, 2, 3])
     with pytest.raises(SweepError, match="a HookedEncoder cannot be swept"):
-        direct_logit_attribution(encoder(), tokens, 3)
+        inspect.unwrap(direct_logit_attribution)(encoder(), tokens, 3)

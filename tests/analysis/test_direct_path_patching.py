@@ -9,7 +9,7 @@ from fastlens.analysis.direct_path_patching import (
     get_act_patch_direct_path,
     get_act_patch_direct_path_all_sources,
 )
-from fastlens.errors import HookNameError, LayerError, MetricError, SweepError
+from fastlens.errors import HookNameError, LayerError, MetricError, ShapeError, SweepError
 from fastlens.patching import logit_diff
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS
@@ -170,3 +170,18 @@ def test_what_is_refused():
     _, none = model.run_with_cache(clean, names_filter="hook_embed")
     with pytest.raises(KeyError, match=r"hook_z.*clean_cache"):
         get_act_patch_direct_path(model, corrupted, none, found[1], metric, 0, 0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("options", [{"pos_slice": -1}, {"remove_batch_dim": True}, {"n_pos": 1}])
+def test_caches_of_other_positions(which, options):
+    """They would be broadcast over all positions."""
+    model = ours("gpt2")
+    tokens = [prompts(1, 7), prompts(1, 7, 1)]
+    found = list(caches(model, *tokens))
+    n_pos = options.get("n_pos", 7)
+    kept = {name: value for name, value in options.items() if name != "n_pos"}
+    _, found[which] = model.run_with_cache(tokens[which][:, :n_pos], **kept)
+    name = ("clean_cache", "corrupted_cache")[which]
+    with pytest.raises(ShapeError, match=f"hook_z of {name} has shape"):
+        get_act_patch_direct_path(model, tokens[1], *found, metric, 0, 0)

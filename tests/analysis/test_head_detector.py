@@ -180,6 +180,11 @@ def test_scores_by_hand():
     assert score("mul", current=True) == pytest.approx(0.95 / 1.45)
     assert score("abs") == 1 - 1.033
     assert score("abs", bos=True, current=True) == 1 - 0.267
+    with pytest.raises(HeadDetectorError, match="error_measure='absolute' must be"):
+        score("absolute")
+    wanted = wanted[:1]
+    with pytest.raises(HeadDetectorError, match=r"shape \(3, 3\); its shape is \(1, 3\)"):
+        score("mul")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "attn_only", "local"])
@@ -242,6 +247,16 @@ def test_a_text_as_long_as_the_context(toy):
     assert detect_head(toy, "a" * (room - 1), "previous_token_head").shape == (2, 4)
     with pytest.raises(AssertionError, match="no more than the model's context"):
         detect_head(toy, "a" * room, "previous_token_head")
+
+
+def test_tokens_in_front_are_no_padding():
+    """A tokenizer that pads left made the model mask what the text begins with."""
+    toy = ours_toy()
+    tokens = toy.to_tokens(TEXT)
+    tokens[:, :3] = toy.tokenizer.pad_token_id
+    right = detect_head(toy, tokens, "previous_token_head")
+    toy.tokenizer.padding_side = "left"
+    assert_close_to(detect_head(toy, tokens, "previous_token_head"), right)
 
 
 # -- what is refused -----------------------------------------------------------------------------

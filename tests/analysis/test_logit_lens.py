@@ -1,5 +1,7 @@
 """The logit lens: the last layer is the model, and every other what the docstring says."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -173,4 +175,4 @@ def test_what_is_refused():
     with pytest.raises(SweepError, match="out of range"):
         logit_lens(model, tokens, 3, positions=9)
     with pytest.raises(SweepError, match="a HookedEncoder cannot be swept"):
-        logit_lens(encoder(), tokens, 3)
+        inspect.unwrap(logit_lens)(encoder(), tokens, 3)

@@ -1,6 +1,8 @@
 """Path patching against its three forwards, written out, and what is refused."""
 
+import inspect
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,10 +160,16 @@ def test_heads_that_come_too_late_have_the_base_value():
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bidirectional"])
-def test_padding(name, padding):
+def test_padding(name, padding, monkeypatch):
     model = ours(name, dtype=torch.float64)
     clean, corrupted = pairs(3, 9)
     mask = mask_of(padding, 3, 9)
+    if padding == "right":
+        with pytest.raises(SweepError, match="position 8 of prompt 0 is padding"):
+            path_patching(model, clean, corrupted, metric=METRIC, attention_mask=mask)
+    # The last token that is no padding.
+    last = [-1] * 3 if padding == "left" else [-3, -2, -1]
+    monkeypatch.setitem(globals(), "METRIC", replace(METRIC, position=last))
     for receivers in ("logits", EDGE):
         scores = path_patching(
             *(model, clean, corrupted), receivers=receivers, metric=METRIC, attention_mask=mask
@@ -257,6 +265,17 @@ def test_hooks_and_foreign_modules_take_the_plain_way():
     assert_close_to(scores.per_example, truth, atol=1e-10)
 
 
+@pytest.mark.parametrize("place", ["blocks.0.hook_mlp_out", "ln_final.hook_normalized"])
+def test_a_hook_may_carry_a_message_back(place):
+    model = ours("gpt2", dtype=torch.float64)
+    clean, corrupted = pairs(3, 7)
+    model.add_hook(place, lambda x, hook: x + 0.3 * x.flip(1))
+    for receivers in receivers_of(model):
+        scores = path_patching(model, clean, corrupted, receivers=receivers, metric=METRIC)
+        truth = by_three_forwards(model, clean, corrupted, receivers)
+        assert_close_to(scores.per_example, truth, atol=1e-11)
+
+
 @pytest.mark.tl
 def test_a_model_of_transformer_lens():
     pytest.importorskip("transformer_lens")
@@ -297,6 +316,9 @@ def test_receivers_of_grouped_heads_are_kv_heads():
         path_patching(model, clean, corrupted, receivers=[(1, 2, "k")], metric=METRIC)
     last = path_patching(model, clean, corrupted, receivers=(-1, -1, "q"), metric=METRIC)
     assert last.meta["receivers"] == ["L2H3.q"]
+    one = torch.tensor(1)
+    found = path_patching(model, clean, corrupted, receivers=(one, one, "q"), metric=METRIC)
+    assert found.meta["receivers"] == ["L1H1.q"]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +329,8 @@ def test_receivers_of_grouped_heads_are_kv_heads():
         ([(1, 1, "q"), (1, 1, "q")], "is empty or names an input twice"),
         ([(1, 1, "z")], "must be (layer, head, 'q')"),
         ([(1, 1)], "must be (layer, head, 'q')"),
+        ([("L1", "H1", "q")], "with two integers"),
+        ([(1.0, 1, "q")], "with two integers"),
         ([(3, 1, "q")], "q has 3 layers, not 3"),
         ([(1, 4, "q")], "q has 4 heads, not 4"),
         ([(0, 1, "q"), (0, 2, "v")], "no head is before it"),
@@ -327,4 +351,4 @@ def test_mlps_that_are_none():
 def test_a_model_without_one_stack_of_blocks():
     clean, corrupted = pairs(1, 7)
     with pytest.raises(SweepError, match="a HookedEncoder cannot be swept"):
-        path_patching(encoder(), clean, corrupted, metric=METRIC)
+        inspect.unwrap(path_patching)(encoder(), clean, corrupted, metric=METRIC)

@@ -33,7 +33,6 @@ def test_every_public_name_is_in_the_reference():
         assert name in pages, name
 
 
-
 def test_the_page_of_missing_names_is_up_to_date():
     tool = runpy.run_path(str(ROOT / "tools" / "missing_names.py"))
     assert tool["PAGE"].read_text(encoding="utf-8") == tool["page"]()

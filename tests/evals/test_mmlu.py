@@ -144,5 +144,9 @@ def test_what_is_refused(no_hub):
             return [0]
 
     row = {"question": "Hi", "choices": list("wxyz"), "answer": 0, "subject": "s"}
+    # Some datasets give the letter; none of these could ever be right.
+    for answer in ("A", "0", 4, -1, 0.0, None):
+        with pytest.raises(MMLUError, match=r"must be the number of a choice, 0 to 3"):
+            mmlu_eval(model_of(gpt2_like()), data=[{**row, "answer": answer}])
     with pytest.raises(TokenError, match=r"no token of its own for each of the letters ABCD"):
         mmlu_eval(model_of(gpt2_like()), Deaf(), data=[row])

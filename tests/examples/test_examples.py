@@ -80,6 +80,24 @@ def test_induction_heads_of_the_toy():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
+def test_sae(capsys):
+    from fastlens import HookedTransformer
+
+    model = HookedTransformer.from_pretrained("toy-induction", verbose=False)
+    by_feature, together = load("sae").main(model)
+    # The token before is written at position 6 alone, by a few features.
+    assert by_feature.values.shape == (1, 18, 256)
+    assert by_feature.values[0].amax(1).argmax() == 6
+    alone = by_feature.values[0, 6].sort(descending=True).values
+    assert alone[0] > 0.1 and alone[10] < 0.01
+    found = dict(zip(together.labels["run"], together.values.tolist(), strict=True))
+    assert found["the stream itself"] == pytest.approx(1.0, abs=0.05)
+    assert found["the best 1"] == pytest.approx(alone[0].item(), abs=1e-5)
+    assert found["the best 2"] > 1.5 * found["the best 1"] and found["all features"] > 0.3
+    assert "of the variance explained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_has_a_command_line(name, tmp_path):
     result = subprocess.run(

@@ -59,6 +59,17 @@ def test_a_pad_token_that_is_eos_too_may_be_text():
     assert torch.equal(batch_loss(toy, {"tokens": tokens}), toy(tokens, return_type="loss"))
 
 
+def test_the_padding_side_does_not_make_padding_of_text():
+    """A tokenizer that pads left made the model mask what a row begins with."""
+    toy = ours_toy()
+    toy.tokenizer.pad_token = toy.tokenizer.eos_token
+    tokens = torch.randint(4, 100, (3, 20))
+    tokens[0, :3] = toy.tokenizer.eos_token_id
+    right = batch_loss(toy, {"tokens": tokens})
+    toy.tokenizer.padding_side = "left"
+    assert_close_to(batch_loss(toy, {"tokens": tokens}), right)
+
+
 def test_gradients_arrive(toy):
     batch_loss(toy, {"tokens": toy.to_tokens(TEXTS)}).backward()
     assert toy.W_E.grad is not None and bool(toy.W_E.grad.any())

@@ -759,9 +759,9 @@ FULL = pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("gpt2", "eager"),
+        ("gpt2", "aot_eager"),
         ("gpt2", "in place"),
-        ("llama", "aot_eager"),
+        ("llama", "eager"),
         pytest.param("neox", "eager", marks=FULL),
         pytest.param("attn_only", "eager", marks=FULL),
         pytest.param("local", "eager", marks=FULL),

@@ -1,5 +1,6 @@
 """Next-sentence prediction against transformers (float64) and TransformerLens 3.9."""
 
+import inspect
 import warnings
 
 import pytest
@@ -116,6 +117,8 @@ def test_mistakes_are_told():
     for texts in (["the cat"], ["a", "b", "c"]):
         with pytest.raises(ValueError, match="takes two texts"):
             model(texts)
+    with pytest.raises(ValueError, match="takes two texts"):
+        inspect.unwrap(type(model).to_tokens)(model, [["a", "cat"], ["the", "dog"]])
     with pytest.raises(ValueError, match="'predictions' or None"):
         model(TEXTS, return_type="prediction")
     with pytest.raises(TokenError, match="needs a tokenizer"):

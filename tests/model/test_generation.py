@@ -481,6 +481,54 @@ def test_replaced_parts_are_called():
     assert greedy(model, PROMPTS) == plain
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_part_that_keeps_no_keys_makes_no_difference(name, layer):
+    """Positions were counted by the keys of the first layer."""
+
+    class Mean(torch.nn.Module):
+        """Attends evenly, and knows nothing of caches."""
+
+        def forward(self, query_input, **others):
+            counts = torch.arange(1, query_input.shape[1] + 1)
+            return query_input.cumsum(1) / counts[:, None]
+
+    model = model_of(name)
+    model.blocks[layer].attn = Mean()
+    assert greedy(model, PROMPTS[0]) == greedy(model, PROMPTS[0], use_past_kv_cache=False)
+    embeddings = model.embed(model.to_tokens(PROMPTS[0]))
+    assert greedy(model, embeddings) == greedy(model, PROMPTS[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_part_that_forgets_old_keys_later_makes_no_difference(name):
+    """It kept all keys of the first steps."""
+    model = model_of(name)
+    attn = model.blocks[1].attn
+    forward, sizes = attn.forward, []
+
+    def forgetful(*args, past_kv_cache_entry=None, **kwargs):
+        out = forward(*args, past_kv_cache_entry=past_kv_cache_entry, **kwargs)
+        if past_kv_cache_entry is not None:
+            sizes.append(past_kv_cache_entry.past_keys.shape[1])
+            past_kv_cache_entry.past_keys = past_kv_cache_entry.past_keys[:, -8:]
+            past_kv_cache_entry.past_values = past_kv_cache_entry.past_values[:, -8:]
+        return out
+
+    prompt = torch.arange(6)[None]
+    for given in (prompt, prompt.expand(2, -1), model.embed(prompt)):
+        expected = greedy(model, given)
+        attn.forward = forgetful
+        assert greedy(model, given) == expected
+        del attn.forward
+    assert sizes == [6, 7, 8, 9] * 3
+
+
+def test_a_model_without_layers():
+    model = model_of("gpt2", n_layers=0)
+    assert greedy(model, PROMPTS) == greedy(model, PROMPTS, use_past_kv_cache=False)
+
+
 def test_with_a_cache_each_token_is_run_once(gpt2):
     for cache, expected in ((True, [8, 1, 1]), (False, [8, 9, 10])):
         seen = []
@@ -647,6 +695,15 @@ def test_a_stream_leaves_modes_alone():
     assert torch.is_grad_enabled()
     stream.close()
     assert model.training and torch.is_grad_enabled()
+
+
+def test_a_stream_continues_what_it_was_given(gpt2):
+    tokens = gpt2.to_tokens("Hi")
+    options = {"verbose": False, "stop_at_eos": False, "do_sample": False}
+    expected = gpt2.generate(tokens, 3, **options)
+    stream = gpt2.generate_stream(tokens, 3, **options)
+    tokens.zero_()
+    assert torch.equal(torch.cat(list(stream), 1), expected)
 
 
 def test_what_a_stream_refuses_or_warns_of(gpt2):

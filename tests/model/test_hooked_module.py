@@ -415,7 +415,7 @@ def test_nothing_is_left_on_the_module_and_nothing_is_added_to_it(net):
     assert list(model.state_dict()) == list(net.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in net.named_parameters()]
     assert model.wrapped is net and model.first is net.first
-    assert model.first._forward_hooks == {} and model._taps == {}
+    assert model.first._forward_hooks == {} and model._places.taps == {}
 
 
 def test_attributes_are_read_and_written_there(net):
@@ -470,7 +470,7 @@ def test_permanent_hooks_levels_and_prepend(net):
     model(X)
     assert order == ["permanent", "rule"]
     model.reset_hooks(including_permanent=True)
-    assert not model._taps and not model._rules
+    assert not model._places.taps and not model._places.rules
 
 
 @pytest.mark.parametrize("travel", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

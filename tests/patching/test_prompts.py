@@ -112,6 +112,9 @@ def test_an_attention_mask_goes_with_tokens_of_its_shape():
         SweepError, match=r"attention_mask has shape \[2, 3\], the prompts \[2, 4\]"
     ):
         prompts_of(model, tokens, tokens, torch.ones(2, 3))
+    for other in (torch.tensor(mask) * 0.5, (1 - torch.tensor(mask)) * -1e4):
+        with pytest.raises(SweepError, match="other values than 0"):
+            prompts_of(model, tokens, tokens, other)
     with pytest.raises(SweepError, match="not with ragged prompts"):
         prompts_of(text_model(), ["a", "the cat"], ["a", "the the"], torch.ones(2, 3))
 

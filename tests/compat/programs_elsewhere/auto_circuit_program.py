@@ -47,6 +47,7 @@ from auto_circuit.utils.ablation_activations import batch_src_ablations, src_abl
 from auto_circuit.utils.graph_utils import edge_counts_util, patch_mode, patchable_model
 from auto_circuit.utils.misc import run_prompt
 from auto_circuit.visualize import draw_seq_graph
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -223,6 +224,14 @@ def from_text(folder: Path) -> None:
             name = "tail" if is_tail else "text"
             model = built("gpt2")
             model.set_tokenizer(tokenizer)
+            if not is_tail:
+                words = io.StringIO()
+                with contextlib.redirect_stdout(words):
+                    run_prompt(model, "the dog ran", "a", top_k=3)
+                report("prompt", words.getvalue().split("\n"))
+            # AutoCircuit puts BOS in front itself, and takes GPT-2's tokenizer, which adds none.
+            plain = TemplateProcessing(single="$A", pair="$A $B")
+            model.tokenizer.backend_tokenizer.post_processor = plain
             with contextlib.redirect_stdout(io.StringIO()):
                 train, test = load_datasets_from_json(
                     model, path, torch.device("cpu"), prepend_bos=True, batch_size=2,
@@ -244,11 +253,6 @@ def from_text(folder: Path) -> None:
                                       for k in sorted(scores)])  # fmt: skip
             outs = run_circuits(wrapped, test, [2, 20], scores, PatchType.TREE_PATCH)
             report(f"{name} kl", measure_kl_div(wrapped, test, outs))
-            if not is_tail:
-                words = io.StringIO()
-                with contextlib.redirect_stdout(words):
-                    run_prompt(wrapped, "the dog ran", "a", top_k=3)
-                report(f"{name} prompt", words.getvalue().split("\n"))
 
 
 def with_autoencoders(data: PromptDataLoader) -> None:
@@ -307,9 +311,10 @@ def main(folder: Path) -> None:
     random.seed(0)
     data = loader()
     for name in MODELS:
-        for options in ({}, {"seq_len": 7}, {"separate_qkv": False}, {"factorized": False}):
-            if name == "neox" and options.get("factorized") is False:
-                continue
+        choices: list[dict[str, Any]] = [{}]
+        if name == "gpt2":
+            choices += [{"seq_len": 7}, {"separate_qkv": False}, {"factorized": False}]
+        for options in choices:
             model = built(name)
             if options.get("separate_qkv") is False:
                 model.cfg.use_split_qkv_input = False

@@ -2,21 +2,17 @@
 
 It prints what it finds, a line of JSON for each result: the same with TransformerLens, by ``python
 circuit_tracer_program.py FOLDER``, and with fastlens, by ``python -m fastlens.compat ...``. The
-folder holds the toy model's tokenizer. Models and transcoders are tiny, of random weights.
+folder holds the toy model's tokenizer, and HF_HUB_CACHE must be FOLDER/hub: the program lays a
+model there as a download would. Models and transcoders are tiny, of random weights.
 """
 
 import json
 import logging
-import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
-
-# Before anything reads it: a cache that only this program fills.
-HUB = Path(tempfile.mkdtemp())
-os.environ["HF_HUB_CACHE"] = str(HUB)
 
 import huggingface_hub.constants
 import torch
@@ -27,17 +23,19 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 # circuit-tracer 0.5 is written for huggingface_hub 0.x, and imports this name; nothing is fetched.
 huggingface_hub.constants.__dict__.setdefault("HF_HUB_ENABLE_HF_TRANSFER", False)
 
-from circuit_tracer import Graph, ReplacementModel, attribute  # noqa: E402
-from circuit_tracer.attribution import CustomTarget  # noqa: E402
-from circuit_tracer.graph import compute_graph_scores, prune_graph  # noqa: E402
-from circuit_tracer.transcoder import SingleLayerTranscoder, TranscoderSet  # noqa: E402
-from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK  # noqa: E402
-from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder  # noqa: E402
-from circuit_tracer.utils import create_graph_files  # noqa: E402
+from circuit_tracer.__main__ import main as command_line
+from circuit_tracer import Graph, ReplacementModel, attribute
+from circuit_tracer.attribution import CustomTarget
+from circuit_tracer.graph import compute_graph_scores, prune_graph
+from circuit_tracer.transcoder import SingleLayerTranscoder, TranscoderSet
+from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
+from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
+from circuit_tracer.utils import create_graph_files
 
 warnings.simplefilter("ignore")
 logging.getLogger("circuit_tracer.graph").setLevel(logging.ERROR)
 
+MODEL = "mistralai/Mistral-7B-v0.1"
 D_MODEL, N_FEATURES, D_VOCAB = 32, 48, 100
 TEXT = "the dog ran to the cat"
 
@@ -197,7 +195,7 @@ def interventions(name: str, model: Any) -> None:
     report(f"{name} logits", logits[0, -1])
     report(f"{name} activations", acts.sum(-1))
     _, sparse = model.get_activations(tokens, sparse=True)
-    report(f"{name} sparse", bool((sparse.to_dense() == acts).all()))
+    report(f"{name} sparse activations", bool((sparse.to_dense() == acts).all()))
     _, before = model.get_activations(tokens, apply_activation_function=False)
     report(f"{name} before the function", before[:, -1, :5])
     layer, pos, feature = acts.nonzero()[0].tolist()
@@ -224,13 +222,13 @@ def interventions(name: str, model: Any) -> None:
     report(f"{name} as before", bool((model(tokens) - logits).abs().max() < 1e-5))
 
 
-def in_the_hub_cache(repository: str) -> Path:
+def in_the_hub_cache(folder: Path, repository: str) -> Path:
     """A folder of the hub's cache, as a download leaves it."""
-    place = HUB / f"models--{repository.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
+    place = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True, exist_ok=True)
     (place / "refs" / "main").write_text("0" * 40)
     snapshot = place / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
+    snapshot.mkdir(parents=True, exist_ok=True)
     return snapshot
 
 
@@ -243,18 +241,16 @@ def from_the_hub(folder: Path) -> None:
     )  # fmt: skip
     theirs = MistralForCausalLM(cfg)
     draw(theirs, 0.2, 6)
-    place = in_the_hub_cache("mistralai/Mistral-7B-v0.1")
+    place = in_the_hub_cache(folder, MODEL)
     theirs.save_pretrained(place)
     AutoTokenizer.from_pretrained(folder / "toy").save_pretrained(place)
-    place = in_the_hub_cache("someone/transcoders")
+    place = in_the_hub_cache(folder, "someone/transcoders")
     transcoders("jump", 2).to_safetensors(str(place))
     (place / "config.yaml").write_text(
         "model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\n"
         "feature_output_hook: mlp.hook_out\n"
     )
-    model = ReplacementModel.from_pretrained(
-        "mistralai/Mistral-7B-v0.1", "someone/transcoders", dtype=torch.float32
-    )
+    model = ReplacementModel.from_pretrained(MODEL, "someone/transcoders", dtype=torch.float32)
     report("hub config", [model.cfg.model_name, model.cfg.normalization_type, model.scan])
     tokens = model.ensure_tokenized(TEXT)
     far = (model(tokens) - theirs(tokens[None]).logits).abs().max()
@@ -262,6 +258,14 @@ def from_the_hub(folder: Path) -> None:
     graph = attribute(TEXT, model, batch_size=64, max_n_logits=4)
     report("hub edges", graph.adjacency_matrix[-4:])
     edges_are_effects("hub", model)
+    with tempfile.TemporaryDirectory() as place:
+        command = f"circuit-tracer attribute -m {MODEL} -t someone/transcoders -p".split()
+        files = ["--graph_output_path", f"{place}/graph.pt", "--graph_file_dir", f"{place}/files"]
+        sys.argv = [*command, TEXT, *files, "--slug", "drawn", "--batch_size", "64"]
+        command_line()
+        report("command line edges", Graph.from_pt(f"{place}/graph.pt").adjacency_matrix[-3:])
+        drawn = json.loads(Path(place, "files", "drawn.json").read_text())
+        report("command line drawn", [node["node_id"] for node in drawn["nodes"]])
 
 
 def main(folder: Path) -> None:

@@ -1,0 +1,33 @@
+"""The Triton kernels themselves. Importing a module of this package imports triton.
+
+Their launchers, which import nothing but torch until they launch, are the modules ``triton_*``.
+Not run on a GPU: what proves them without one is in ``tests/gpu``.
+"""
+
+import importlib.util
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The oldest generation these are compiled for in tests.
+LOWEST_CAPABILITY = (8, 0)
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel runs there, or None. Does not import triton."""
+    if device.type != "cuda":
+        return f"tensors are on the {device.type.upper()}"
+    if dtype not in DTYPES:
+        return f"{dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.is_available() and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LOWEST_CAPABILITY:
+            return "the GPU's compute capability is {}.{}, below 8.0".format(*capability)
+    return None
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n``, and at least 1: Triton's blocks are such."""
+    return 1 << max(0, n - 1).bit_length()

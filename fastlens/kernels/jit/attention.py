@@ -1,0 +1,209 @@
+"""Fused attention, and single rows of its pattern, as Triton kernels. Not run on a GPU."""
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tanh(x):
+    """To float32's precision near zero too, where ``1 - 2 / (exp(2 x) + 1)`` cancels."""
+    size = tl.abs(x)
+    # The short odd polynomial of Cephes' tanhf, which is meant for |x| < 0.625.
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    near = series * square * x + x
+    far = 1.0 - 2.0 / (tl.math.exp2(size * LOG2_E * 2.0) + 1.0)
+    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def _masked_scores(
+    products, query_pos, key_pos, n_keys, scale, soft_cap, slope, window, kept,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Scores in nats from ``q . k``; minus infinity where a key is not visible."""
+    scores = products * scale
+    if SOFT_CAP:
+        scores = soft_cap * _tanh(scores / soft_cap)
+    if ALIBI:
+        scores += slope * tl.minimum(key_pos - query_pos, 0).to(tl.float32)
+    visible = key_pos < n_keys
+    if CAUSAL:
+        visible = visible & (key_pos <= query_pos)
+    if WINDOW:
+        visible = visible & (key_pos > query_pos - window)
+    if KEY_MASK:
+        visible = visible & kept
+    return tl.where(visible, scores, -float("inf"))
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_mask_ptr, slopes_ptr,
+    stride_q_b, stride_q_m, stride_q_h, stride_q_d,
+    stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+    stride_v_b, stride_v_n, stride_v_h, stride_v_d,
+    stride_out_b, stride_out_m, stride_out_h,
+    stride_mask_b, stride_mask_n,
+    n_heads, group_size, n_queries, n_keys, offset, window, scale, soft_cap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr,
+    D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M query rows of one head of one example, over every key they see."""
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    row_block = tl.program_id(0) % n_blocks
+    batch_head = tl.program_id(0) // n_blocks
+    batch = (batch_head // n_heads).to(tl.int64)
+    head = batch_head % n_heads
+    kv_head = (head // group_size).to(tl.int64)
+    first_row = row_block * BLOCK_M
+
+    in_block = tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, BLOCK_N)
+    row = first_row + in_block
+    query_pos = offset + row
+    is_channel = channel < D_HEAD
+
+    # Positions times strides may pass 2^31; what is left inside a block does not.
+    q_block = q_ptr + batch * stride_q_b + head.to(tl.int64) * stride_q_h
+    q_block += first_row.to(tl.int64) * stride_q_m
+    q = tl.load(
+        q_block + in_block[:, None] * stride_q_m + channel[None, :] * stride_q_d,
+        mask=(row[:, None] < n_queries) & is_channel[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
+
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head)
+
+    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    low = 0
+    if WINDOW:
+        low = tl.maximum(0, offset + first_row - window + 1) // BLOCK_N * BLOCK_N
+    high = n_keys
+    if CAUSAL:
+        high = tl.minimum(n_keys, offset + first_row + BLOCK_M)
+    for first_key in range(low, high, BLOCK_N):
+        key_pos = first_key + column
+        is_key = key_pos < n_keys
+        k_block = k_ptr + batch * stride_k_b + kv_head * stride_k_h
+        k_block += tl.cast(first_key, tl.int64) * stride_k_n
+        k = tl.load(
+            k_block + column[None, :] * stride_k_n + channel[:, None] * stride_k_d,
+            mask=is_key[None, :] & is_channel[:, None],
+            other=0.0,
+        )  # [BLOCK_D, BLOCK_N]
+        kept = is_key[None, :]
+        if KEY_MASK:
+            kept = tl.load(
+                key_mask_ptr + batch * stride_mask_b + key_pos.to(tl.int64) * stride_mask_n,
+                mask=is_key,
+                other=0,
+            )[None, :].to(tl.int1)
+        scores = _masked_scores(
+            tl.dot(q, k, input_precision="ieee"),
+            query_pos[:, None], key_pos[None, :], n_keys, scale, soft_cap, slope, window, kept,
+            CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK,
+        )  # fmt: skip
+        scores *= LOG2_E
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        # A row that has seen no key yet: anything finite, so that no inf - inf arises.
+        safe = tl.where(new_highest == -float("inf"), 0.0, new_highest)
+        weights = tl.math.exp2(scores - safe[:, None])  # [BLOCK_M, BLOCK_N]
+        shrink = tl.math.exp2(highest - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        v_block = v_ptr + batch * stride_v_b + kv_head * stride_v_h
+        v_block += tl.cast(first_key, tl.int64) * stride_v_n
+        v = tl.load(
+            v_block + column[:, None] * stride_v_n + channel[None, :] * stride_v_d,
+            mask=is_key[:, None] & is_channel[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_D]
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision="ieee")
+        highest = new_highest
+
+    is_blind = total == 0.0
+    divisor = tl.where(is_blind, 1.0, total)
+    mixed = mixed / divisor[:, None]
+    lse = tl.where(is_blind, -float("inf"), (highest + tl.math.log2(divisor)) * LN_2)
+    is_row = row < n_queries
+    tl.store(lse_ptr + batch_head.to(tl.int64) * n_queries + row, lse, mask=is_row)
+    out_block = out_ptr + batch * stride_out_b + head.to(tl.int64) * stride_out_h
+    out_block += first_row.to(tl.int64) * stride_out_m
+    tl.store(
+        out_block + in_block[:, None] * stride_out_m + channel[None, :],
+        mixed.to(out_ptr.dtype.element_ty),
+        mask=is_row[:, None] & is_channel[None, :],
+    )
+
+
+@triton.jit
+def pattern_rows_kernel(
+    q_ptr, k_ptr, lse_ptr, sites_ptr, out_ptr, key_mask_ptr, slopes_ptr,
+    stride_q_b, stride_q_m, stride_q_h, stride_q_d,
+    stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+    stride_mask_b, stride_mask_n,
+    n_heads, group_size, n_queries, n_keys, offset, window, scale, soft_cap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, SCORES: tl.constexpr,
+    D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one (example, head, query row) of the pattern or the scores."""
+    site = tl.program_id(0).to(tl.int64)
+    first_key = tl.program_id(1) * BLOCK_N
+    batch = tl.load(sites_ptr + site * 3)
+    head = tl.load(sites_ptr + site * 3 + 1)
+    row = tl.load(sites_ptr + site * 3 + 2)
+    kv_head = head // group_size
+    channel = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, BLOCK_N)
+    key_pos = first_key + column
+    is_key = key_pos < n_keys
+    is_channel = channel < D_HEAD
+    q = tl.load(
+        q_ptr + batch * stride_q_b + row * stride_q_m + head * stride_q_h + channel * stride_q_d,
+        mask=is_channel,
+        other=0.0,
+    ).to(tl.float32)
+    k_block = k_ptr + batch * stride_k_b + kv_head * stride_k_h
+    k_block += first_key.to(tl.int64) * stride_k_n
+    k = tl.load(
+        k_block + column[:, None] * stride_k_n + channel[None, :] * stride_k_d,
+        mask=is_key[:, None] & is_channel[None, :],
+        other=0.0,
+    ).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+    kept = is_key
+    if KEY_MASK:
+        kept = tl.load(
+            key_mask_ptr + batch * stride_mask_b + key_pos.to(tl.int64) * stride_mask_n,
+            mask=is_key,
+            other=0,
+        ).to(tl.int1)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head)
+    out = _masked_scores(
+        tl.sum(k * q[None, :], 1),
+        (offset + row).to(tl.int32), key_pos, n_keys, scale, soft_cap, slope, window, kept,
+        CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK,
+    )  # fmt: skip
+    if not SCORES:
+        lse = tl.load(lse_ptr + (batch * n_heads + head) * n_queries + row)
+        # A row that sees no key has minus infinity here, and scores of minus infinity.
+        lse = tl.where(lse == -float("inf"), 0.0, lse)
+        out = tl.math.exp2((out - lse) * LOG2_E)
+    tl.store(out_ptr + site * n_keys + key_pos, out.to(out_ptr.dtype.element_ty), mask=is_key)
