@@ -278,10 +278,10 @@ def test_explain_runs_nothing(run, run_json, sweep_line, tmp_path, monkeypatch):
     monkeypatch.setattr("fastlens.patching.wave.Wave.run", refuse)
     # Not on HookedTransformer itself: a method replaced there is a reason not to run the wave.
     monkeypatch.setattr("torch.nn.Module.__call__", not_the_model)
-    code, text, _ = run(*sweep_line, "--explain", "--out", tmp_path / "new")
+    code, text, _ = run(*sweep_line, "--explain", "--memory", "1GiB", "--out", tmp_path / "new")
     assert code == 0 and "strategy: wave" in text and "GFLOP" in text
     assert not (tmp_path / "new").exists()
-    document = run_json(*sweep_line, "--explain")
+    document = run_json(*sweep_line, "--explain", "--memory", "1GiB")
     assert document["plan"]["strategy"] == "wave"
     assert document["explanation"] in text
 

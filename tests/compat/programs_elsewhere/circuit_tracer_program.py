@@ -73,7 +73,7 @@ def draw(module: torch.nn.Module, scale: float, seed: int) -> None:
 
 
 def transcoders(kind: str, n_layers: int) -> Any:
-    """Random transcoders, about a quarter of whose features fire."""
+    """Random transcoders, some of whose features fire."""
     if kind == "cross layer":
         found = CrossLayerTranscoder(
             n_layers, N_FEATURES, D_MODEL, lazy_decoder=False, dtype=torch.float32,
@@ -88,7 +88,7 @@ def transcoders(kind: str, n_layers: int) -> Any:
     for layer in range(n_layers):
         function: Any = torch.nn.functional.relu
         if kind == "jump":
-            function = JumpReLU(torch.full((N_FEATURES,), 0.5), 0.1)
+            function = JumpReLU(torch.full((N_FEATURES,), 0.4), 0.1)
         elif kind == "topk":
             function = TopK(6)
         layers[layer] = SingleLayerTranscoder(
@@ -113,8 +113,6 @@ def built(fields: dict[str, Any], kind: str, folder: Path) -> Any:
         cfg, transcoders(kind, cfg.n_layers), tokenizer=tokenizer
     )  # fmt: skip
     draw(torch.nn.ModuleList([model.embed, model.blocks, model.ln_final, model.unembed]), 0.2, 4)
-    for layer, transcoder in enumerate(model.transcoders if kind != "cross layer" else []):
-        draw(transcoder, 0.1, 10 + layer)
     return model
 
 
