@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -138,17 +139,32 @@ class Setup:
         nvcc.write_text(script, encoding="utf-8")
         nvcc.chmod(0o755)
 
-    def add_torch(self, cuda: str | None) -> None:
-        text = f"class version:\n    cuda = {cuda!r}\n__version__ = '9.9'\n"
+    def add_torch(self, cuda: str | None, gpus: Sequence[tuple[int, int]] = ()) -> None:
+        text = (
+            f"class version:\n    cuda = {cuda!r}\n__version__ = '9.9'\n"
+            f"class cuda:\n    gpus = {list(gpus)!r}\n"
+            "    device_count = staticmethod(lambda: len(cuda.gpus))\n"
+            "    get_device_capability = staticmethod(lambda index: cuda.gpus[index])\n"
+        )
         (self.path / "torch.py").write_text(text, encoding="utf-8")
 
-    def build(self, wanted: str) -> subprocess.CompletedProcess[str]:
+    def build(self, wanted: str, **more: str) -> subprocess.CompletedProcess[str]:
         command = (sys.executable, "setup.py", "build_ext", "--build-lib", "built")
         system = f"{self.path}{os.pathsep}/usr/bin{os.pathsep}/bin"
         variables = {"PATH": system, "PYTHONPATH": str(self.path), "FASTLENS_CUDA": wanted}
         if not (self.path / "nvcc").exists():
             variables["PATH"] = str(self.path)
-        return run(*command, cwd=self.folder, **variables)
+        # What the machine itself sets is not part of the case.
+        unset = dict.fromkeys(("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"), "")
+        return run(*command, cwd=self.folder, **{**unset, **variables, **more})
+
+    def flags(self, **more: str) -> list[str]:
+        """What nvcc is told about architectures."""
+        built = self.build("1", **more)
+        assert built.returncode == 0, built.stderr
+        (library,) = (self.folder / "built" / "fastlens" / "kernels").glob("_cuda*")
+        said = library.read_text(encoding="utf-8").split()
+        return [flag for flag in said if flag.startswith(("-arch", "-gencode"))]
 
 
 @pytest.fixture
@@ -195,3 +211,40 @@ def test_a_failed_compilation_is_fatal_only_if_the_module_was_asked_for(setup_fo
     assert setup_folder.build("").returncode == 0
     forced = setup_folder.build("1")
     assert forced.returncode != 0 and "nvcc could not build" in forced.stderr
+
+
+def test_it_is_built_for_the_gpus_that_are_named_else_those_present_else_all(setup_folder):
+    def gencode(architecture: str, code: str) -> str:
+        return f"-gencode=arch=compute_{architecture},code={code}"
+
+    setup_folder.add_source()
+    setup_folder.add_nvcc()
+    setup_folder.add_torch(cuda="13.0")
+    assert setup_folder.flags() == ["-arch=all-major"]
+    setup_folder.add_torch(cuda="13.0", gpus=[(9, 0), (8, 0), (9, 0)])
+    present = [gencode("80", "sm_80"), gencode("90", "sm_90"), gencode("90", "compute_90")]
+    assert setup_folder.flags() == present
+    named = setup_folder.flags(TORCH_CUDA_ARCH_LIST="8.6;9.0a 10.0+PTX")
+    wanted = [("86", "sm_86"), ("90a", "sm_90a"), ("100", "sm_100"), ("100", "compute_100")]
+    assert named == [gencode(*one) for one in wanted]
+
+
+def test_a_gpu_that_is_not_named_by_number_is_refused(setup_folder):
+    setup_folder.add_source()
+    setup_folder.add_nvcc()
+    setup_folder.add_torch(cuda="13.0")
+    forced = setup_folder.build("1", TORCH_CUDA_ARCH_LIST="8.0;Ampere")
+    assert forced.returncode != 0 and "names 'Ampere', which is not like 9.0" in forced.stderr
+    assert setup_folder.build("", TORCH_CUDA_ARCH_LIST="Ampere").returncode == 0
+
+
+def test_nvcc_is_found_under_cuda_home(setup_folder):
+    setup_folder.add_source()
+    setup_folder.add_torch(cuda="13.0")
+    setup_folder.add_nvcc()
+    home = setup_folder.folder / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (setup_folder.path / "nvcc").rename(home / "bin" / "nvcc")
+    system = os.pathsep.join([str(setup_folder.path), "/usr/bin", "/bin"])
+    built = setup_folder.build("1", CUDA_HOME=str(home), PATH=system)
+    assert built.returncode == 0, built.stderr

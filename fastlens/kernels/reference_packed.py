@@ -26,11 +26,8 @@ FORMATS = {
 }
 
 
-def unpacked_width(width: int | torch.SymInt, packed_as: str) -> int | torch.SymInt:
-    """Weights in a row of ``width`` bytes, which is a whole number of blocks.
-
-    Symbols while a compiler traces.
-    """
+def unpacked_width(width: int, packed_as: str) -> int:
+    """Weights in a row of ``width`` bytes, which is a whole number of blocks."""
     block = FORMATS[packed_as]
     return width // block.n_bytes * block.weights
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlens.errors import FastlensError
 from fastlens.kernels import reference, torch_attention
-from fastlens.kernels.jit import power_of_two, refusal
+from fastlens.kernels.jit import launch, power_of_two, refusal
 from fastlens.kernels.kernel import Kernel
 from fastlens.kernels.masks import AttentionRule, alibi_slopes, visible_keys
 
@@ -59,9 +59,7 @@ def attention_with_lse(
     rule: AttentionRule,
     offset: int = 0,
     key_mask: Bool[Tensor, "batch key_pos"] | None = None,
-) -> tuple[
-    Float[Tensor, "batch query_pos head d_head"], Float[Tensor, "batch head query_pos"]
-]:
+) -> tuple[Float[Tensor, "batch query_pos head d_head"], Float[Tensor, "batch head query_pos"]]:
     """`attention` and the log-sum-exp of each row's scores, in nats and float32.
 
     A row that sees no key has zeros and minus infinity. Not differentiable.
@@ -111,21 +109,20 @@ def pattern_rows(
         limit = torch.tensor([q.shape[0], n_heads, q.shape[1]])
         if bool(((sites < 0) | (sites >= limit)).any()):
             raise FastlensError(f"a site is outside (example, head, query row) < {limit.tolist()}")
-    from fastlens.kernels.jit.attention import pattern_rows_kernel
-
     out = torch.empty(len(sites), n_keys, dtype=torch.float32, device=q.device)
     block_d = power_of_two(d_head)
     block_n = min(128, max(1, PATTERN_BLOCK // block_d))
     grid = (len(sites), -(-n_keys // block_n))
     tensors = (q, k, lse.contiguous(), sites.contiguous(), out)
-    pattern_rows_kernel[grid](
+    launch(
+        *("attention", "pattern_rows_kernel", grid, q.device),
         *tensors,
         *_mask_and_slopes(q, rule, key_mask),
         *q.stride(),
         *k.stride(),
         *_mask_strides(key_mask),
         *_numbers(q, k, rule, offset),
-        **_switches(rule, n_keys, key_mask),
+        **_switches(rule, max(n_keys, offset + q.shape[1]), key_mask),
         SCORES=scores,
         D_HEAD=d_head,
         BLOCK_D=block_d,
@@ -138,8 +135,6 @@ def pattern_rows(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, offset: int, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from fastlens.kernels.jit.attention import attention_fwd_kernel
-
     batch, n_queries, n_heads, d_head = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, n_heads, n_queries, dtype=torch.float32, device=q.device)
@@ -147,7 +142,8 @@ def _forward(
     block_m, block_n, num_warps, num_stages = BLOCKS[q.element_size(), block_d]
     # One axis: the others of a CUDA grid end at 65535.
     grid = (-(-n_queries // block_m) * batch * n_heads,)
-    attention_fwd_kernel[grid](
+    launch(
+        *("attention", "attention_fwd_kernel", grid, q.device),
         *(q, k, v, out, lse),
         *_mask_and_slopes(q, rule, key_mask),
         *q.stride(),
@@ -156,7 +152,7 @@ def _forward(
         *out.stride()[:3],
         *_mask_strides(key_mask),
         *_numbers(q, k, rule, offset),
-        **_switches(rule, k.shape[1], key_mask),
+        **_switches(rule, max(k.shape[1], offset + n_queries), key_mask),
         D_HEAD=d_head,
         BLOCK_D=block_d,
         BLOCK_M=block_m,
@@ -191,10 +187,10 @@ def _numbers(q: Tensor, k: Tensor, rule: AttentionRule, offset: int) -> tuple[in
     return *sizes, offset, rule.window or 0, 1.0 / rule.scale, float(rule.soft_cap)
 
 
-def _switches(rule: AttentionRule, n_keys: int, key_mask: Tensor | None) -> dict[str, bool]:
+def _switches(rule: AttentionRule, n_positions: int, key_mask: Tensor | None) -> dict[str, bool]:
     return {
         "CAUSAL": rule.causal,
-        "WINDOW": rule.window is not None and (rule.window < n_keys or not rule.causal),
+        "WINDOW": rule.window is not None and (rule.window < n_positions or not rule.causal),
         "SOFT_CAP": rule.soft_cap > 0,
         "ALIBI": rule.alibi,
         "KEY_MASK": key_mask is not None,

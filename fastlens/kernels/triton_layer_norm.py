@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlens.kernels.jit import power_of_two, refusal
+from fastlens.errors import FastlensError
+from fastlens.kernels import torch_layer_norm
+from fastlens.kernels.jit import launch, power_of_two, refusal
 from fastlens.kernels.kernel import Kernel
 
 ELEMENTS_PER_PROGRAM = 4096
-LARGEST_ROW = 2**16
+# A row stands in registers: longer ones would spill.
+LARGEST_ROW = 2**14
 
 
 def layer_norm(
@@ -19,7 +22,9 @@ def layer_norm(
     b: Float[Tensor, " d"] | None,
     eps: float,
 ) -> Float[Tensor, "... d"]:
-    """See `fastlens.ops.norm.layer_norm`."""
+    """See `fastlens.ops.norm.layer_norm`. Rows of more than 16,384 channels are PyTorch's."""
+    if x.shape[-1] > LARGEST_ROW:
+        return torch_layer_norm.layer_norm(x, w, b, eps)
     return layer_norm_with_scale(x, w, b, eps)[0]
 
 
@@ -32,6 +37,9 @@ def layer_norm_with_scale(
     """`layer_norm` and the ``sqrt(var + eps)`` it divided by, in float32.
 
     Differentiable in x, w and b by the output; the scale carries no gradient.
+
+    Raises:
+        FastlensError: More than 16,384 channels.
     """
     return _Norm.apply(x, w, b, eps, True)
 
@@ -57,9 +65,8 @@ def _forward(
     mean = torch.empty_like(scale) if centre else None
     block_d = power_of_two(d)
     block_rows = max(1, min(16, ELEMENTS_PER_PROGRAM // block_d))
-    from fastlens.kernels.jit.norm import norm_fwd_kernel
-
-    norm_fwd_kernel[(-(-len(rows) // block_rows),)](
+    launch(
+        *("norm", "norm_fwd_kernel", (-(-len(rows) // block_rows),), x.device),
         *(rows, w, b, out, mean, scale),
         *rows.stride(),
         0 if w is None else w.stride(0),
@@ -81,9 +88,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w, b, eps, centre):  # type: ignore[override]
         if x.shape[-1] > LARGEST_ROW:
-            raise ValueError(
-                f"a norm over {x.shape[-1]} channels: the Triton kernel holds a row in registers, "
-                f"at most {LARGEST_ROW}"
+            raise FastlensError(
+                f"a norm with its scale over {x.shape[-1]} channels: the Triton kernel holds a row "
+                f"in registers, at most {LARGEST_ROW}. Call the norm without scale"
             )
         out, mean, scale = _forward(x, w, b, eps, centre)
         ctx.save_for_backward(x, w, b, mean, scale)

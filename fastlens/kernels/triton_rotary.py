@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlens.kernels.jit import power_of_two, refusal
+from fastlens.errors import FastlensError
+from fastlens.kernels.jit import launch, power_of_two, refusal
 from fastlens.kernels.kernel import Kernel
 
 ELEMENTS_PER_PROGRAM = 2048
@@ -24,8 +25,6 @@ def rotary(
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, sign: float) -> Tensor:
     """By the angle times ``sign``."""
-    from fastlens.kernels.jit.rotary import rotary_fwd_kernel
-
     batch, n_pos, n_heads, d_head = x.shape
     rotary_dim = cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.promote_types(cos.dtype, sin.dtype))
@@ -34,7 +33,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, sign: float
     block_half = power_of_two(rotary_dim // 2)
     block_passing = power_of_two(d_head - rotary_dim)
     block_h = min(power_of_two(n_heads), max(1, ELEMENTS_PER_PROGRAM // power_of_two(d_head)))
-    rotary_fwd_kernel[(batch * n_pos, -(-n_heads // block_h))](
+    launch(
+        *("rotary", "rotary_fwd_kernel", (batch * n_pos, -(-n_heads // block_h)), x.device),
         *(x, cos, sin, out),
         *x.stride(),
         *cos.stride(),
@@ -56,7 +56,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, cos, sin, adjacent_pairs):  # type: ignore[override]
         if cos.requires_grad or sin.requires_grad:
-            raise ValueError("rotary has no gradient in cos and sin: detach the tables")
+            raise FastlensError("rotary has no gradient in cos and sin: detach the tables")
         ctx.save_for_backward(cos, sin)
         ctx.adjacent_pairs, ctx.dtype = adjacent_pairs, x.dtype
         return _turn(x, cos, sin, adjacent_pairs, 1.0)

@@ -53,7 +53,8 @@ def capture(
 
     Numerics: one rounding to ``dtype``. Differentiable in the activation.
     Cost: reads and writes the captured vectors only. On CUDA the kernel in csrc/ is taken if it
-    was built; it was not run on a GPU.
+    was built; it was not run on a GPU. ``torch.compile`` traces a table whole, and breaks its
+    graph at lists among slices.
     Raises: SiteError for an index below 0 or past the end, before anything is launched; ShapeError
         for a table or slices that do not fit. Indices of slices may count from the end.
     """
@@ -119,17 +120,17 @@ class _Place:
         for choice in choices:
             length = activation.shape[axis]
             try:
-                indices = torch.from_numpy(choice.indices(length).copy())
+                indices = choice.indices(length)
             except IndexError:
                 raise _outside(choice, length, axis) from None
             if bool(((indices < -length) | (indices >= length)).any()):
                 raise _outside(choice, length, axis)
             if choice.mode == "array":
-                lists[axis] = indices % max(length, 1)
-                axis += 1
-            else:
+                lists[axis] = torch.from_numpy(indices % max(length, 1))
+            elif choice.mode != "identity":
                 activation = choice.apply(activation, axis)
-                axis += choice.mode != "int"
+            # A single place drops its axis.
+            axis += choice.mode != "int"
         self.activation = activation
         self.is_view = not lists
         self.table = torch.zeros(0, 0, dtype=torch.int64)

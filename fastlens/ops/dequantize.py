@@ -5,7 +5,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fastlens.errors import ShapeError, did_you_mean
-from fastlens.kernels.reference_packed import FORMATS, unpacked_width
+from fastlens.kernels.reference_packed import FORMATS
 from fastlens.ops.dispatch import kernel_for
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -76,7 +76,9 @@ def _dequantize(packed: Tensor, scale: Tensor | None, packed_as: str, dtype: tor
 
 
 def _fake(packed: Tensor, scale: Tensor | None, packed_as: str, dtype: torch.dtype) -> Tensor:
-    width = unpacked_width(packed.shape[-1], packed_as)
+    # A compiler's sizes are symbols, which `unpacked_width` does not take.
+    block = FORMATS[packed_as]
+    width = packed.shape[-1] // block.n_bytes * block.weights
     return packed.new_empty((*packed.shape[:-1], width), dtype=dtype)
 
 

@@ -28,7 +28,9 @@ class Guarded:
         assert n_bytes > 0
         page = mmap.PAGESIZE
         inside = -(-n_bytes // page) * page
-        start = _LIBC.mmap(None, inside + 2 * page, _READ_WRITE, mmap.MAP_PRIVATE | 0x20, -1, 0)
+        start = _LIBC.mmap(
+            None, inside + 2 * page, _READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+        )
         assert start not in (None, ctypes.c_void_p(-1).value)
         self._mapped.append((start, inside + 2 * page))
         for guard in (start, start + page + inside):

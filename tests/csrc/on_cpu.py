@@ -5,6 +5,7 @@ import functools
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,14 +21,16 @@ KERNELS = {
 }
 # Off: contraction, since the kernels ask for it nowhere. On: a trap at a misaligned access.
 FLAGS = (
-    "-std=c++17 -O1 -Wall -Werror -Wno-unknown-pragmas -fPIC -shared -ffp-contract=off "
+    "-std=c++17 -O1 -Wall -Wno-unknown-pragmas -fPIC -shared -ffp-contract=off "
     "-fno-gnu-unique -U_FORTIFY_SOURCE -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 ).split()
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
 
 _CTYPES = {"uint64_t": ctypes.c_uint64, "int64_t": ctypes.c_int64, "int": ctypes.c_int}
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
+)
 
 
 def compile_text(text: str, folder: Path, name: str) -> ctypes.CDLL:

@@ -86,7 +86,10 @@ __global__ void warp_barrier_is_not_enough(int* x, int n) {
     x[t] = held[t ^ 32];
 }
 __global__ void past_the_end(int* x, int n) { x[threadIdx.x + 1] = 0; }
-__global__ void before_the_begin(int* x, int n) { x[threadIdx.x] = x[static_cast<int>(threadIdx.x) - 1]; }
+__global__ void before_the_begin(int* x, int n) {
+    const int t = threadIdx.x;
+    x[t] = x[t - 1];
+}
 __global__ void misaligned(int* x, int n) {
     using four = fastlens::Pack<int, 4>;
     if (threadIdx.x == 0) *reinterpret_cast<four*>(x + 1) = four{};

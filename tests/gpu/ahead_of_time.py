@@ -51,8 +51,8 @@ def compile_for(launch: Launch, target: Target) -> Any:
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
-    types, constants, divisible = launch.signature()
-    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=divisible)
+    types, constants, promised = launch.signature(target.backend)
+    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=promised)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     # Triton 3.10 changes the default: say it.
     return triton_compile(source, target=gpu, options={**launch.options, "enable_fp_fusion": True})

@@ -1,4 +1,4 @@
-"""Give Triton's interpreter bfloat16, which it computes on the bit patterns as if they were integers.
+"""Give Triton's interpreter bfloat16, whose bit patterns it takes for integers.
 
 bfloat16 operands become float32, the operation is done there, and the result is rounded to nearest
 even, as a GPU does. Built on Triton's private interfaces: Triton is pinned where this runs.
@@ -105,7 +105,8 @@ def _correct_reduction(reduction: Any, handle: Any, is_bf16: Any, narrow: Any) -
         values = given if isinstance(given, tuple) else (given,)
         if not is_bf16(getattr(values[0], "handle", None)):
             return apply(self, given)
-        out = apply(self, tuple(map(widened, values)) if isinstance(given, tuple) else widened(given))
+        is_tuple = isinstance(given, tuple)
+        out = apply(self, tuple(map(widened, values)) if is_tuple else widened(given))
         return tuple(map(narrowed, out)) if isinstance(out, tuple) else narrowed(out)
 
     reduction.apply_impl = apply_impl

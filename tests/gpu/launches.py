@@ -33,21 +33,29 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int]
 
-    def signature(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[Any]]]:
-        """Types, constants and divisibility, specialised as Triton's JIT does for these values."""
+    def signature(
+        self, backend: str = "cuda"
+    ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[Any]]]:
+        """Types, constants and what is promised of values, as Triton's JIT specialises them."""
         types: dict[str, str] = {}
         constants: dict[str, Any] = {}
-        divisible: dict[tuple[int], list[Any]] = {}
+        promised: dict[tuple[int], list[Any]] = {}
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, self.arguments[parameter.name]
             if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 types[name], constants[name] = "constexpr", value
                 continue
             types[name] = _type(value)
-            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            is_tensor = isinstance(value, torch.Tensor)
+            number = value.data_ptr() if is_tensor else value
+            promises: list[Any] = []
             if isinstance(number, int) and number % 16 == 0:
-                divisible[(index,)] = [["tt.divisibility", 16]]
-        return types, constants, divisible
+                promises.append(["tt.divisibility", 16])
+            if backend == "hip" and is_tensor and value.untyped_storage().size() < 2**31:
+                promises.append(["tt.pointer_range", 32])
+            if promises:
+                promised[(index,)] = promises
+        return types, constants, promised
 
     def runtime_arguments(self) -> list[Any]:
         """Values the compiled kernel still takes, in order."""

@@ -159,6 +159,19 @@ def test_traced_whole():
     assert all(map(torch.equal, traced(x), run(x)))
 
 
+def test_a_fake_gpu_needs_no_gpu():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, device="cuda", dtype=torch.bfloat16)
+        out = capture(x, torch.zeros(5, 2, dtype=torch.long), torch.float32)
+        kept = capture_int8(x, (None, [1]))
+        read = kept.read(torch.float16)
+    assert (out.device.type, out.shape, out.dtype) == ("cuda", (5, 4), torch.float32)
+    assert (kept.values.shape, kept.scale.shape) == ((2, 1, 4), (2, 1))
+    assert (read.device.type, read.shape, read.dtype) == ("cuda", (2, 1, 4), torch.float16)
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 

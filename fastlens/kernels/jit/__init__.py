@@ -4,7 +4,10 @@ Their launchers, which import nothing but torch until they launch, are the modul
 Not run on a GPU: what proves them without one is in ``tests/gpu``.
 """
 
+import contextlib
+import importlib
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -26,6 +29,18 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         if capability < LOWEST_CAPABILITY:
             return "the GPU's compute capability is {}.{}, below 8.0".format(*capability)
     return None
+
+
+def launch(
+    module: str, name: str, grid: tuple[int, ...], device: torch.device, *args: Any, **kwargs: Any
+) -> None:
+    """Launch the kernel ``name`` of a module of this package, which imports triton.
+
+    On the tensors' own GPU: by itself Triton launches on the current one.
+    """
+    kernel = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **kwargs)
 
 
 def power_of_two(n: int) -> int:

@@ -1,0 +1,93 @@
+"""Every shipped configuration compiles for four architectures, without spills and within limits.
+
+Compiled is not run: sm_90, sm_100 and gfx942 code has been executed by nobody.
+"""
+
+import pytest
+import torch
+
+from tests.gpu import shipped
+from tests.gpu.ahead_of_time import TARGETS, compile_for, faults, resources
+from tests.gpu.launches import launches_of
+from tests.gpu.marks import NEEDS_TRITON
+from tests.gpu.workers import compiling
+
+pytestmark = NEEDS_TRITON
+
+
+def compile_attention(target, d_head, dtype, rule):
+    (launch,) = launches_of(shipped.attention(d_head, dtype, rule))
+    compiled = compile_for(launch, TARGETS[target])
+    # float32 products are exact ones, which no matrix instruction of NVIDIA's makes.
+    wants_matrix = dtype != torch.float32
+    return faults(compiled, TARGETS[target], wants_matrix=wants_matrix)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("d_head", shipped.D_HEADS)
+@pytest.mark.parametrize("dtype", shipped.DTYPES, ids=str)
+@pytest.mark.parametrize("rule", shipped.RULES)
+def test_attention(target, d_head, dtype, rule):
+    assert not compiling(compile_attention, target=target, d_head=d_head, dtype=dtype, rule=rule)
+
+
+def compile_others(target):
+    found = {}
+    for name, call in shipped.others():
+        (launch,) = launches_of(call)
+        compiled = compile_for(launch, TARGETS[target])
+        found[name] = faults(compiled, TARGETS[target], wants_matrix=False)
+    assert len(found) > 30
+    return {name: what for name, what in found.items() if what}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_without_matrix_products(target):
+    assert not compiling(compile_others, target=target)
+
+
+def table_is_covered():
+    from fastlens.kernels.triton_attention import BLOCKS
+
+    compiled = {
+        (torch.empty(0, dtype=dtype).element_size(), max(16, 1 << (d_head - 1).bit_length()))
+        for dtype in shipped.DTYPES
+        for d_head in shipped.D_HEADS
+    }
+    return compiled == set(BLOCKS)
+
+
+def test_every_row_of_the_table_of_blocks_is_compiled():
+    assert compiling(table_is_covered)
+
+
+def compile_badly():
+    call = shipped.attention(128, torch.bfloat16, "everything")
+    (launch,) = launches_of(call)
+    greedy = launch.with_constants(BLOCK_M=128, BLOCK_N=128).with_options(num_warps=4)
+    (wide,) = launches_of(shipped.attention(256, torch.float32, "causal"))
+    wide = wide.with_constants(BLOCK_M=64, BLOCK_N=64).with_options(num_warps=8, num_stages=3)
+    (norm,) = launches_of(next(call for name, call in shipped.others() if "norm" in name))
+    target = TARGETS["sm_80"]
+    return [
+        faults(compile_for(kernel, target), target, wants_matrix=True)
+        for kernel in (greedy, wide, norm)
+    ]
+
+
+def test_bad_configurations_are_caught():
+    spilling, too_much_shared, no_matrix = compiling(compile_badly)
+    assert any("spills" in fault for fault in spilling)
+    assert any("shared memory, limit 166912" in fault for fault in too_much_shared)
+    assert no_matrix == [r"no mma\.sync instruction"]
+
+
+def numbers_of(target):
+    (launch,) = launches_of(shipped.attention(64, torch.bfloat16, "causal"))
+    return resources(compile_for(launch, TARGETS[target]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_resources_are_read(target):
+    needs = compiling(numbers_of, target=target)
+    assert 32 < needs.registers <= 512 and 2**12 <= needs.shared_bytes < 2**17

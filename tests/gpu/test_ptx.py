@@ -1,0 +1,212 @@
+"""The compiled sm_80 kernels, executed on CPU tensors from launcher to result; broken ones caught.
+
+This is the code a GPU of compute capability 8.0 would load. It has not been run on one.
+"""
+
+import re
+
+import pytest
+import torch
+
+from tests.gpu.judged import RULES, check_attention, check_norm, check_rotary
+from tests.gpu.launches import all_modules, instead_of_launching, launches_of
+from tests.gpu.marks import NEEDS_TRITON
+from tests.gpu.mutation import mutated
+from tests.gpu.ptx import execute
+from tests.gpu.ptx_program import PtxError
+from tests.gpu.workers import compiling
+
+pytestmark = NEEDS_TRITON
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def executed(judge, kwargs, edit=None, kernel=""):
+    """``judge(**kwargs)`` with every launch run as PTX; ``edit`` changes that of one kernel."""
+
+    def act(launch):
+        name = launch.kernel.fn.__name__
+        execute(launch, edit if name.startswith(kernel) else None)
+
+    with instead_of_launching(act, *all_modules()):
+        judge(**kwargs)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_rules(rule, dtype):
+    kwargs = {
+        "rule": rule,
+        "dtype": dtype,
+        "is_padded": rule == "everything",
+        "n_queries": 66,
+        "n_keys": 75,
+        "kv_heads": 1,
+        "d_head": 32,
+    }
+    compiling(executed, judge=check_attention, kwargs=kwargs)
+
+
+@pytest.mark.parametrize("d_head", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_head_sizes(d_head, dtype):
+    kwargs = {"d_head": d_head, "dtype": dtype, "n_queries": 5, "n_keys": 40, "heads": 1}
+    compiling(executed, judge=check_attention, kwargs={**kwargs, "kv_heads": 1})
+
+
+@pytest.mark.parametrize("strides", ["sliced", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_strides(strides, dtype):
+    kwargs = {"strides": strides, "dtype": dtype, "n_queries": 1, "n_keys": 33, "is_padded": True}
+    compiling(executed, judge=check_attention, kwargs={**kwargs, "heads": 4})
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 64, 129, 1000])
+def test_norms(op, dtype, d):
+    compiling(executed, judge=check_norm, kwargs={"op": op, "dtype": dtype, "d": d})
+
+
+@pytest.mark.parametrize("adjacent_pairs", [True, False], ids=["adjacent", "halves"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary(adjacent_pairs, dtype):
+    kwargs = {"adjacent_pairs": adjacent_pairs, "dtype": dtype, "rotary_dim": 16, "d_head": 20}
+    compiling(executed, judge=check_rotary, kwargs=kwargs)
+
+
+# -- broken on purpose ---------------------------------------------------------------------------
+
+# Several key blocks, so that shared memory is used again.
+LOOPING = {"n_queries": 64, "n_keys": 200, "d_head": 64, "heads": 1, "kv_heads": 1}
+
+
+def outcome(kwargs, pattern, replacement, number, kernel="attention"):
+    """What is said when the ``number``-th match in the PTX is replaced; None if nothing is."""
+
+    def edit(text):
+        matches = list(re.finditer(pattern, text))
+        match = matches[number]
+        return text[: match.start()] + match.expand(replacement) + text[match.end() :]
+
+    try:
+        executed(check_attention, kwargs, edit, kernel)
+    except (PtxError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def outcomes(pattern, replacement, dtype, most=8, **more):
+    """Of each match in turn."""
+    found = []
+    kwargs = {**LOOPING, "dtype": dtype, **more}
+    while len(found) < most:
+        try:
+            found.append(outcome(kwargs, pattern, replacement, len(found)))
+        except IndexError:
+            break
+    return found
+
+
+BARRIER = r"bar\.sync\s+0;"
+
+
+def test_dropped_barriers_are_caught():
+    """All but those that turn out to guard nothing: each warp reads only what it wrote."""
+    found = compiling(outcomes, pattern=BARRIER, replacement="", dtype=torch.bfloat16)
+    caught = [said for said in found if said is not None]
+    assert len(found) >= 4 and len(caught) >= len(found) - 2, found
+    assert all("race" in said or "asynchronous" in said for said in caught), caught
+
+
+def test_dropped_waits_are_caught():
+    pattern = r"cp\.async\.wait_group\s+\d+;"
+    found = compiling(outcomes, pattern=pattern, replacement="", dtype=torch.bfloat16)
+    assert found and "asynchronous" in str(found[0]), found
+    assert all(said is not None for said in found[:-1]), found
+
+
+def test_a_wait_for_one_group_too_few_is_caught():
+    found = compiling(
+        outcomes,
+        pattern=r"(cp\.async\.wait_group\s+)(\d+);",
+        replacement=r"\g<1>9;",
+        dtype=torch.bfloat16,
+    )
+    assert any("asynchronous" in str(said) for said in found), found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "caught_as"),
+    [
+        (r"setp\.lt\.s32(\s+%p\d+), ", r"setp.le.s32\1, ", "PtxError|values differ"),
+        (r"mma\.sync[^;]*f16\.f32", None, "values differ"),
+        (r"ex2\.approx\.ftz\.f32(\s+%r\d+), ", r"lg2.approx.ftz.f32\1, ", "values differ|NaN"),
+    ],
+    ids=["a comparison off by one", "a product left out", "another function"],
+)
+def test_a_wrong_instruction_is_caught(pattern, replacement, caught_as):
+    if replacement is None:
+        # The accumulator moves through as it was.
+        pattern = (
+            r"mma\.sync[^\n{]*\{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}, \{[^}]*\}, \{[^}]*\}, "
+            r"\{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \};"
+        )
+        replacement = "".join(f"mov.b32 \\{n}, \\{n + 4};" for n in (1, 2, 3, 4))
+    # Query and key counts that fill no block, so that every bound matters.
+    found = compiling(
+        outcomes,
+        pattern=pattern,
+        replacement=replacement,
+        dtype=torch.bfloat16,
+        most=6,
+        n_queries=61,
+        n_keys=100,
+    )
+    caught = [said for said in found if said is not None]
+    assert caught and all(re.search(caught_as, said) for said in caught), found
+    if "mma" in pattern:
+        assert len(caught) == len(found), found
+
+
+def source_mistake(right, wrong, kwargs):
+    with mutated("attention", right, wrong):
+        executed(check_attention, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("key_pos < n_keys\n        k_block", "key_pos <= n_keys\n        k_block"),
+        ("mask=is_row[:, None] & is_channel[None, :],", "mask=is_channel[None, :],"),
+        ("batch_head.to(tl.int64) * n_queries + row, lse", "batch_head.to(tl.int64) + row, lse"),
+    ],
+    ids=["a load past the keys", "a store past the rows", "two blocks in one place"],
+)
+def test_an_index_that_is_off_is_caught(right, wrong):
+    kwargs = {"n_queries": 63, "n_keys": 63, "heads": 2, "rule": "bidirectional"}
+    with pytest.raises((PtxError, AssertionError), match="out-of-bounds|two blocks|values differ"):
+        compiling(source_mistake, right=right, wrong=wrong, kwargs=kwargs)
+
+
+def launch_elsewhere():
+    """Compiled for strides divisible by 16, run with one that is not."""
+    from fastlens.kernels import triton_attention
+    from fastlens.kernels.masks import AttentionRule
+    from tests.gpu.ahead_of_time import TARGETS, assembly, compile_for
+    from tests.gpu.ptx import run_ptx
+
+    x = torch.randn(1, 64, 1, 64).bfloat16()
+    rule = AttentionRule(8.0)
+    (launch,) = launches_of(lambda: triton_attention.attention_with_lse(x, x, x, rule))
+    odd = torch.randn(1, 64, 1, 65).bfloat16()[..., :64]
+    (other,) = launches_of(lambda: triton_attention.attention_with_lse(odd, odd, odd, rule))
+    compiled = compile_for(launch, TARGETS["sm_80"])
+    names = [name for name, kind in launch.signature()[0].items() if kind != "constexpr"]
+    arguments = [other.arguments[name] for name in names]
+    run_ptx(assembly(compiled), arguments, launch.grid, 128, compiled.metadata.shared)
+
+
+def test_a_kernel_for_aligned_rows_on_others_is_caught():
+    with pytest.raises(PtxError, match="misaligned 16-byte global"):
+        compiling(launch_elsewhere)

@@ -1,0 +1,207 @@
+"""Fused attention and rows of its pattern, interpreted, between guard pages. Not run on a GPU."""
+
+import pytest
+import torch
+
+from fastlens.kernels import reference
+from fastlens.kernels.masks import AttentionRule
+from tests.close import assert_close_to, assert_no_worse
+from tests.gpu.guard_pages import guarded, guarded_outputs
+from tests.gpu.judged import RULES, check_attention, inputs, padding
+from tests.gpu.marks import NEEDS_TRITON
+from tests.gpu.mutation import mutated
+from tests.gpu.workers import Died, interpreted
+
+pytestmark = NEEDS_TRITON
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def guarded_attention(**kwargs):
+    with guarded_outputs():
+        check_attention(place=guarded, **kwargs)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_padded", [False, True], ids=["", "padded"])
+def test_rules(rule, dtype, is_padded):
+    interpreted(
+        guarded_attention,
+        rule=rule,
+        dtype=dtype,
+        is_padded=is_padded,
+        n_queries=70,
+        n_keys=77,
+        kv_heads=1,
+        d_head=20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys"), [(1, 1), (63, 63), (64, 64), (129, 129), (1, 130), (65, 200), (9, 3)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tails(n_queries, n_keys, dtype):
+    interpreted(guarded_attention, n_queries=n_queries, n_keys=n_keys, dtype=dtype)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_queries_beyond_the_keys(rule):
+    interpreted(guarded_attention, n_queries=80, n_keys=3, rule=rule)
+    interpreted(check_gradients, rule=rule, dtype=torch.float32, n_keys=3)
+
+
+@pytest.mark.parametrize("strides", ["sliced", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_strides_and_groups(strides, dtype, heads, kv_heads):
+    interpreted(
+        guarded_attention,
+        strides=strides,
+        dtype=dtype,
+        heads=heads,
+        kv_heads=kv_heads,
+        n_queries=11,
+        n_keys=40,
+        is_padded=True,
+    )
+
+
+@pytest.mark.parametrize("d_head", [1, 16, 32, 64, 80, 128, 200, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_sizes(d_head, dtype):
+    interpreted(guarded_attention, d_head=d_head, dtype=dtype, n_queries=20, n_keys=33)
+
+
+def check_1000_tokens():
+    check_attention(
+        n_queries=1000, n_keys=1000, heads=1, kv_heads=1, dtype=torch.bfloat16, rule="window"
+    )
+
+
+def test_a_long_odd_size():
+    interpreted(check_1000_tokens)
+
+
+def check_gradients(rule, dtype, n_keys=45):
+    from fastlens.kernels import triton_attention
+
+    triton_attention.ROWS_PER_BLOCK = 16
+    given = inputs(40, n_keys, 4, 2, 16, dtype, "sliced")
+    rest = RULES[rule], max(0, n_keys - 40), padding(n_keys)
+    weight = torch.linspace(-1, 1, given[0].numel()).view(given[0].shape)
+
+    def gradients(attend, dtype):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in given]
+        z = attend(*leaves, *rest)
+        return torch.autograd.grad((z * weight.to(dtype)).sum(), leaves)
+
+    truth = gradients(specified_without_blind_rows, torch.float64)
+    eager = gradients(specified_without_blind_rows, dtype)
+    for got, plain, want in zip(
+        gradients(triton_attention.attention, dtype), eager, truth, strict=True
+    ):
+        assert got.dtype == dtype
+        assert_no_worse(got, plain, want, factor=3, name=f"gradient, {rule}")
+
+
+def specified_without_blind_rows(q, k, v, rule, offset, mask):
+    """The softmax of a row without keys has no gradient, and NaN in plain PyTorch."""
+    scores = reference.attention_scores(q, k, rule, offset, mask)
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    pattern = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+    return reference.attention_with_pattern(pattern, v)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(rule, dtype):
+    interpreted(check_gradients, rule=rule, dtype=dtype)
+
+
+def check_edges():
+    from fastlens.errors import FastlensError
+    from fastlens.kernels import triton_attention as launcher
+
+    rule = AttentionRule(2.0)
+    q, k, v = torch.randn(3, 1, 4, 2, 16).unbind(0)
+    leaf = q.clone().requires_grad_()
+    with pytest.raises(FastlensError, match="has no gradient"):
+        launcher.attention_with_lse(leaf, k, v, rule)
+    wide = torch.randn(1, 4, 2, 257)
+    expected = reference.attention(wide, wide, wide, rule)
+    assert_close_to(launcher.attention(wide, wide, wide, rule), expected)
+    with pytest.raises(FastlensError, match="at most 256"):
+        launcher.attention_with_lse(wide, wide, wide, rule)
+    _, lse = launcher.attention_with_lse(q, k, v, rule)
+    for site in ([0, 2, 0], [0, 0, 4], [1, 0, 0], [0, -1, 0]):
+        with pytest.raises(FastlensError, match="a site is outside"):
+            launcher.pattern_rows(q, k, lse, torch.tensor([site]), rule)
+    with pytest.raises(FastlensError, match="give int64"):
+        launcher.pattern_rows(q, k, lse, torch.tensor([[0, 0, 0]], dtype=torch.int32), rule)
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    assert launcher.pattern_rows(q, k, lse, none, rule).shape == (0, 4)
+    no_keys = torch.zeros(1, 0, 2, 16)
+    z, lse = launcher.attention_with_lse(q, no_keys, no_keys, AttentionRule(2.0, causal=False))
+    assert not z.any() and (lse == -torch.inf).all()
+    assert launcher.attention(q[:, :0], k, v, rule, 4).shape == (1, 0, 2, 16)
+
+
+def test_edges():
+    interpreted(check_edges)
+
+
+# A mistake -> what is right, what stands there instead.
+MISTAKES = {
+    "the diagonal is hidden": ("key_pos <= query_pos)", "key_pos < query_pos)"),
+    "a window one too wide": ("key_pos > query_pos - window", "key_pos >= query_pos - window"),
+    "the first window block skipped": ("// BLOCK_N * BLOCK_N", "// BLOCK_N * BLOCK_N + BLOCK_N"),
+    "no rescaling": ("total * shrink + tl.sum", "total + tl.sum"),
+    "a sum that fades": ("weights.to(v.dtype), v, mixed", "weights.to(v.dtype), v, 0.99 * mixed"),
+    "bare softmax statistics": ("highest + tl.math.log2(divisor)", "highest"),
+    "wrong head of keys": ("(head // group_size).to", "(head % group_size).to"),
+    "tanh by the cancelling formula": ("size < 0.625", "size < 0.0"),
+    "alibi on the wrong side": ("minimum(key_pos - query_pos", "minimum(query_pos - key_pos"),
+}
+
+
+def check_mistake(right, wrong):
+    with mutated("attention", right, wrong):
+        for rule in ("everything", "large soft cap"):
+            check_attention(
+                rule=rule, n_queries=75, n_keys=140, heads=4, kv_heads=2, is_padded=True
+            )
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_caught(mistake):
+    right, wrong = MISTAKES[mistake]
+    with pytest.raises(AssertionError) as error:
+        interpreted(check_mistake, right=right, wrong=wrong)
+    assert not isinstance(error.value, Died) and "values differ" in str(error.value)
+
+
+def check_unmasked(right, wrong):
+    with mutated("attention", right, wrong):
+        guarded_attention(n_queries=20, n_keys=33, rule="bidirectional", d_head=16)
+
+
+OF_VALUES = """mask=is_key[:, None] & is_channel[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_D]
+        mixed"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (OF_VALUES, OF_VALUES.replace("is_key[:, None] & ", "")),
+        ("mask=is_row[:, None] & is_channel[None, :],", "mask=is_channel[None, :],"),
+        ("lse, mask=is_row)", "lse)"),
+    ],
+    ids=["load of values", "store of the output", "store of the log-sum-exp"],
+)
+def test_a_dropped_mask_hits_a_guard_page(right, wrong):
+    with pytest.raises(Died):
+        interpreted(check_unmasked, right=right, wrong=wrong)

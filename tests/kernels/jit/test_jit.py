@@ -1,0 +1,96 @@
+"""Where Triton kernels run: the refusals that `fastlens doctor` shows, without triton."""
+
+import importlib
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastlens.kernels import jit
+from fastlens.ops import dispatch
+
+TRITON_KERNELS = {
+    "attention": "triton attention",
+    "layer_norm": "triton layer_norm",
+    "rms_norm": "triton rms_norm",
+    "rotary": "triton rotary",
+}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def installed(monkeypatch, is_installed):
+    found = object() if is_installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "is_installed", "capability", "reason"),
+    [
+        (CPU, torch.float32, True, (9, 0), "tensors are on the CPU"),
+        (torch.device("mps"), torch.float32, True, (9, 0), "tensors are on the MPS"),
+        (CUDA, torch.float64, True, (9, 0), "torch.float64 is not one of float32, bfloat16"),
+        (CUDA, torch.float32, False, (9, 0), "triton is not installed"),
+        (CUDA, torch.float32, True, (7, 5), "compute capability is 7.5, below 8.0"),
+        (CUDA, torch.bfloat16, True, (8, 0), None),
+    ],
+)
+def test_refusals(monkeypatch, device, dtype, is_installed, capability, reason):
+    installed(monkeypatch, is_installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said = jit.refusal(device, dtype)
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.parametrize("op", TRITON_KERNELS)
+def test_each_kernel_is_found_and_chosen_only_for_cuda(monkeypatch, op):
+    kernel = TRITON_KERNELS[op]
+    choice = dispatch.explain(op, "cpu")
+    assert choice.refused[kernel] == "tensors are on the CPU" and choice.kernel != kernel
+    installed(monkeypatch, True)
+    assert dispatch.explain(op, "cuda").kernel == kernel
+    assert dispatch.explain(op, "cuda", torch.float64).kernel != kernel
+    installed(monkeypatch, False)
+    assert dispatch.explain(op, "cuda").refused[kernel] == "triton is not installed"
+
+
+def test_finding_the_kernels_does_not_import_triton(monkeypatch):
+    before = "triton" in sys.modules
+    monkeypatch.setattr(dispatch, "kernels", dispatch.kernels.__wrapped__)
+    assert dispatch.kernels()
+    assert ("triton" in sys.modules) == before
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    said = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: said.append((grid, args, kwargs))
+
+    class Device:
+        def __init__(self, device):
+            said.append(device)
+
+        def __enter__(self):
+            said.append("in")
+
+        def __exit__(self, *error):
+            said.append("out")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(kernel=Kernel()))
+    second = torch.device("cuda:1")
+    jit.launch("norm", "kernel", (3,), second, 1, d=2)
+    assert said == [second, "in", ((3,), (1,), {"d": 2}), "out"]
+    said.clear()
+    jit.launch("norm", "kernel", (3,), CPU, 1)
+    assert said == [((3,), (1,), {})]
+
+
+@pytest.mark.parametrize(("n", "block"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_blocks_are_powers_of_two(n, block):
+    assert jit.power_of_two(n) == block
