@@ -21,7 +21,7 @@ INSTALL := $(PIP) install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-gpu check lint types floors architecture docs tutorials format \
+.PHONY: help demo test test-all test-kernels test-gpu check lint types floors architecture docs tutorials format \
 	bench clean
 
 help:  ## list the targets
@@ -35,6 +35,9 @@ test: $(VENV)/dev.stamp  ## install everything, then run every test that needs n
 
 test-all: $(VENV)/dev.stamp  ## the GPU and model-hub tests and every full cross as well
 	HF_HUB_OFFLINE=0 $(PYTEST) -m "" $(ARGS)
+
+test-kernels: $(VENV)/kernels.stamp  ## prove the GPU kernels without a GPU: interpreter, compilers, PTX on the CPU
+	$(PYTEST) -n auto --maxprocesses 2 --dist worksteal -m kernels tests/csrc tests/gpu tests/kernels $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
@@ -92,4 +95,9 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Installing the test tools and transformer-lens ..."
 	@$(INSTALL) --no-build-isolation -e '.[gguf,plot,dev,peers]'
 	@$(INSTALL) --no-deps $(SAE_LENS)
+	@touch $@
+
+$(VENV)/kernels.stamp: $(VENV)/dev.stamp
+	@echo "Installing triton ..."
+	@$(INSTALL) triton
 	@touch $@

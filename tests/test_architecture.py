@@ -266,7 +266,9 @@ def test_importing_fastlens_is_light(statement):
         ratios.append(ratio)
         assert "fastlens" in loaded
         assert not loaded & LAZY_PACKAGES
-    assert min(ratios) <= IMPORT_COST[statement], f"{statement} costs {min(ratios):.2f} x import torch"
+    assert min(ratios) <= IMPORT_COST[statement], (
+        f"{statement} costs {min(ratios):.2f} x import torch"
+    )
 
 
 def tracked_files() -> list[Path]:

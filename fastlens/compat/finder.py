@@ -19,6 +19,8 @@ ROOT = "transformer_lens"
 VERSION = "3.9.0"
 # "transformer_lens.loading" is an attribute there, under another name than the module's own.
 _SAME_MODULE = {"loading": "loading_from_pretrained"}
+# ``import *`` gives these in no version: scripts have variables of these names.
+_NO_STAR = {"cache", "config"}
 
 
 def _below(name: str) -> str:
@@ -102,7 +104,7 @@ class _Loader(Loader):
         names = list(names_of(path))
         fields: dict[str, Any] = {"__all__": names}
         if path == "":
-            fields["__all__"] = [*names, *_children(path)]
+            fields["__all__"] = [*names, *sorted({*_children(path), *_SAME_MODULE} - _NO_STAR)]
             fields["__version__"] = VERSION
             fields["__file__"] = str(Path(__file__).with_name("__init__.py"))
         module.__dict__.update(fields)

@@ -257,6 +257,9 @@ class Places:
         self.taps.clear()
         for name in wanted:
             self.tap(name)
+        if not wanted:
+            # Nobody is left to hear that the modules that are running are done.
+            self.active.clear()
 
 
 class Tap:

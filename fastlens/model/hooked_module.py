@@ -31,7 +31,8 @@ class HookedModule(HookedRootModule):
     The module is used as it is, nothing is converted or copied. It stays a ``model.wrapped`` whose
     outputs, weights and state dict are its own; every other attribute is looked up there. Without
     hooks a call costs nothing more. With hooks, they run however the module is called
-    (``model.generate(...)``, ``model.encoder(x)``).
+    (``model.generate(...)``, ``model.encoder(x)``); a part that `torch.compile` compiled, called by
+    itself, sees those of ``hooks()`` but none of ``add_hook``.
 
     **Names.** For the submodule ``h.0.mlp``:
 
@@ -226,14 +227,18 @@ class HookedModule(HookedRootModule):
                 self._place(name)
         self.context_level += 1
         level = self.context_level
+        depth = len(self._places.active)
         try:
-            with self._places.watched() as watch:
+            # Compiled parts may be called in the block by themselves.
+            with self._places.watched() as watch, uncompiled():
                 for name, hook, direction in every:
                     self.add_hook(name, hook, direction, level=level)
                 yield self
                 if watch.runs:
                     self._check_passed([name for name, _, _ in every], watch)
         finally:
+            # torch tells nobody that a module is done if it was a KeyboardInterrupt.
+            del self._places.active[depth:]
             if reset_hooks_end:
                 self.reset_hooks(clear_contexts, including_permanent=False, level=level)
             self.context_level -= 1
@@ -275,7 +280,8 @@ class HookedModule(HookedRootModule):
             return_cache_object: False gives a plain dict.
 
         Returns: the output, and `Activations` by name: copies, detached. A value that passes
-            several places unchanged is copied once and shared by their entries.
+            several places unchanged is copied once and shared by their entries; work in place that
+            torch does not count (on ``x.data``, in NumPy) goes for unchanged.
 
         Cost: one copy of what is cached.
         Raises: HookNameError for a named place that is not passed, or gets no gradient.

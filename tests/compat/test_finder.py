@@ -88,8 +88,10 @@ def test_names_of_version_2(installed):
 
 
 def test_star_imports(installed):
-    space: dict[str, object] = {}
+    space: dict[str, object] = {"cache": 1, "config": 2}
     exec("from transformer_lens import *\nfrom transformer_lens.utils import *", space)
+    assert (space["cache"], space["config"]) == (1, 2)
+    assert space["loading"] is importlib.import_module("transformer_lens.loading_from_pretrained")
     assert space["HookedTransformer"] is fastlens.HookedTransformer
     assert callable(space["to_numpy"]) and "patching" in space
 

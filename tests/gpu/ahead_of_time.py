@@ -54,8 +54,7 @@ def compile_for(launch: Launch, target: Target) -> Any:
     types, constants, promised = launch.signature(target.backend)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=promised)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    # Triton 3.10 changes the default: say it.
-    return triton_compile(source, target=gpu, options={**launch.options, "enable_fp_fusion": True})
+    return triton_compile(source, target=gpu, options=launch.options)
 
 
 def assembly(compiled: Any) -> str:

@@ -35,6 +35,4 @@ def warm_up(launch: Launch, target_name: str) -> Any:
     from triton.runtime import driver
 
     driver.set_active(FakeDriver(TARGETS[target_name]))
-    return launch.kernel.warmup(
-        **launch.arguments, **launch.options, enable_fp_fusion=True, grid=launch.grid
-    )
+    return launch.kernel.warmup(**launch.arguments, **launch.options, grid=launch.grid)

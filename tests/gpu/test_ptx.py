@@ -112,10 +112,10 @@ BARRIER = r"bar\.sync\s+0;"
 
 
 def test_dropped_barriers_are_caught():
-    """All but those that turn out to guard nothing: each warp reads only what it wrote."""
+    """All but one, before the output is rearranged: no access on its two sides meets."""
     found = compiling(outcomes, pattern=BARRIER, replacement="", dtype=torch.bfloat16)
     caught = [said for said in found if said is not None]
-    assert len(found) >= 4 and len(caught) >= len(found) - 2, found
+    assert len(found) >= 4 and len(caught) >= len(found) - 1, found
     assert all("race" in said or "asynchronous" in said for said in caught), caught
 
 
@@ -123,7 +123,7 @@ def test_dropped_waits_are_caught():
     pattern = r"cp\.async\.wait_group\s+\d+;"
     found = compiling(outcomes, pattern=pattern, replacement="", dtype=torch.bfloat16)
     assert found and "asynchronous" in str(found[0]), found
-    assert all(said is not None for said in found[:-1]), found
+    assert all(said is not None for said in found), found
 
 
 def test_a_wait_for_one_group_too_few_is_caught():

@@ -392,6 +392,30 @@ def test_hooks_come_off_when_one_raises(net, error):
     assert "act@1.hook_in" in cache and "act@2.hook_in" not in cache
 
 
+def test_runs_that_were_broken_off_do_not_count_in_later_ones(net):
+    """Also where the module is called itself, as ``generate`` does."""
+    model = HookedModule(net)
+    whole = set(model.run_with_cache(X)[1])
+
+    def stop(value, hook):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), model.hooks([("second.hook_in", stop)]):
+        net(X)
+    assert set(model.run_with_cache(X)[1]) == whole
+
+    # A permanent hook keeps its module, and the whole, watched.
+    model.add_hook("first.hook_out", double, is_permanent=True)
+    with pytest.raises(KeyboardInterrupt), model.hooks([("second.hook_in", stop)]):
+        net(X)
+    assert set(model.run_with_cache(X)[1]) == whole
+    model.reset_hooks(including_permanent=True)
+
+    model.add_hook("second.hook_in", lambda value, hook: model.reset_hooks())
+    net(X)
+    assert set(model.run_with_cache(X)[1]) == whole
+
+
 def test_a_wrong_answer_of_a_hook_is_refused(net):
     model = HookedModule(net)
     with pytest.raises(TypeError, match="'first.hook_out' returned tuple"):
@@ -676,6 +700,11 @@ for compiled in ("outside", "inside", "in place"):
     assert torch.equal(call(x), want), compiled
     _, cache = model.run_with_cache(x)
     assert torch.equal(cache[prefix + "2.hook_out"], want), compiled
+    part = torch.compile(net, backend="eager")
+    assert torch.equal(part(x), want), compiled
+    with model.hooks([(prefix + "2.hook_out", zero)]):
+        assert part(x).abs().max() == 0, compiled
+    assert torch.equal(part(x), want), compiled
     if compiled == "inside":
         continue
     model.add_hook(prefix + "2.hook_out", zero)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastlens.settings import TRITON
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The oldest generation these are compiled for in tests.
 LOWEST_CAPABILITY = (8, 0)
@@ -28,6 +30,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < LOWEST_CAPABILITY:
             return "the GPU's compute capability is {}.{}, below 8.0".format(*capability)
+    if not TRITON.is_on():
+        return f"no one has run it on a GPU yet: {TRITON.name}=1 uses it"
     return None
 
 
@@ -36,11 +40,12 @@ def launch(
 ) -> None:
     """Launch the kernel ``name`` of a module of this package, which imports triton.
 
-    On the tensors' own GPU: by itself Triton launches on the current one.
+    On the tensors' own GPU: by itself Triton launches on the current one. Products and sums may
+    be fused, said outright because Triton's default changes between versions.
     """
     kernel = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **kwargs)
+        kernel[grid](*args, enable_fp_fusion=True, **kwargs)
 
 
 def power_of_two(n: int) -> int:

@@ -38,6 +38,7 @@ def installed(monkeypatch, is_installed):
 )
 def test_refusals(monkeypatch, device, dtype, is_installed, capability, reason):
     installed(monkeypatch, is_installed)
+    monkeypatch.setenv("FASTLENS_TRITON", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -51,6 +52,9 @@ def test_each_kernel_is_found_and_chosen_only_for_cuda(monkeypatch, op):
     choice = dispatch.explain(op, "cpu")
     assert choice.refused[kernel] == "tensors are on the CPU" and choice.kernel != kernel
     installed(monkeypatch, True)
+    monkeypatch.delenv("FASTLENS_TRITON", raising=False)
+    assert "no one has run it on a GPU" in dispatch.explain(op, "cuda").refused[kernel]
+    monkeypatch.setenv("FASTLENS_TRITON", "1")
     assert dispatch.explain(op, "cuda").kernel == kernel
     assert dispatch.explain(op, "cuda", torch.float64).kernel != kernel
     installed(monkeypatch, False)
@@ -85,10 +89,10 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(kernel=Kernel()))
     second = torch.device("cuda:1")
     jit.launch("norm", "kernel", (3,), second, 1, d=2)
-    assert said == [second, "in", ((3,), (1,), {"d": 2}), "out"]
+    assert said == [second, "in", ((3,), (1,), {"d": 2, "enable_fp_fusion": True}), "out"]
     said.clear()
     jit.launch("norm", "kernel", (3,), CPU, 1)
-    assert said == [((3,), (1,), {})]
+    assert said == [((3,), (1,), {"enable_fp_fusion": True})]
 
 
 @pytest.mark.parametrize(("n", "block"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
