@@ -56,6 +56,8 @@ def versions() -> dict[str, str]:
     import importlib.metadata
     import platform
 
+    import torch
+
     from fastlens import __version__
 
     def version(package: str) -> str | None:
@@ -70,6 +72,8 @@ def versions() -> dict[str, str]:
     }
     for package in REQUIRED:
         found[package] = version(package) or "MISSING"
+    # Its metadata do not say for which CUDA it was built.
+    found["torch"] = torch.__version__
     for package, use in OPTIONAL.items():
         found[package] = version(package) or f"not installed (for {use})"
     return found
