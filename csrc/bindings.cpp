@@ -1,4 +1,4 @@
-// fastlens.kernels._cuda: the launchers as Python functions that raise what a launcher says.
+// fastlens.kernels._cuda: the launchers as Python functions that raise what a launcher says. Not run on a GPU.
 
 #include <pybind11/pybind11.h>
 

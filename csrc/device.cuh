@@ -1,4 +1,4 @@
-// What the kernels share: number types, wide access, launching. No torch header is included here.
+// What the kernels share: number types, wide access, launching. No torch header is included here. Not run on a GPU.
 #pragma once
 
 #include <cstdint>

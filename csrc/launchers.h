@@ -1,6 +1,6 @@
 // The launchers of csrc/*.cu. Each queues one kernel on a stream and returns nullptr, or a sentence that
 // says why it could not. Pointers are addresses in GPU memory; strides and lengths count elements.
-// The caller has checked every index against the tensors: a launcher cannot.
+// The caller has checked every index against the tensors: a launcher cannot. Not run on a GPU.
 #pragma once
 
 #include <cstdint>

@@ -25,7 +25,9 @@ HF_TOKEN = Setting("HF_TOKEN", "", "token sent to the hub for gated models")
 OFFLINE = Setting("HF_HUB_OFFLINE", "0", "1: never contact the hub, use only what is on disk")
 CUDA = Setting("FASTLENS_CUDA", "", "1 builds the CUDA module at install, 0 does not (setup.py)")
 TRITON = Setting(
-    "FASTLENS_TRITON", "", "1: use the Triton kernels on CUDA, which no one has run on a GPU yet"
+    "FASTLENS_TRITON",
+    "",
+    "1, before an op first runs: use the Triton kernels on CUDA, which no one has run on a GPU",
 )
 ALLOW_MPS = Setting(
     "TRANSFORMERLENS_ALLOW_MPS", "", "1: take Apple's GPU if there is no other, without warning"
