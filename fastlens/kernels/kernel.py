@@ -13,6 +13,8 @@ class Kernel:
 
     ``refuses(device, dtype)`` returns a sentence saying why this kernel cannot serve that device
     and dtype here, or None if it can. Of those that can, the highest ``priority`` is chosen.
+    ``is_opaque``: torch cannot look into it (Triton, csrc/), so it must be called through its
+    registered op, which knows its shapes and its gradient.
     """
 
     op: str
@@ -20,3 +22,4 @@ class Kernel:
     fn: Callable[..., Any]
     refuses: Callable[[torch.device, torch.dtype], str | None]
     priority: int = 0
+    is_opaque: bool = False

@@ -37,6 +37,8 @@ def kernels() -> dict[str, list[Kernel]]:
 
 # What was chosen. A compiler can trace a look-up in a dict, and cannot trace the choice.
 _CHOSEN: dict[tuple[str, str, torch.dtype], Callable[..., Any]] = {}
+# Those of them that torch cannot look into.
+_OPAQUE: set[tuple[str, str, torch.dtype]] = set()
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -46,16 +48,29 @@ def kernel_for(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., A
         _choose_all(device_type)
     chosen = _CHOSEN.get((op, device_type, dtype))
     if chosen is None:
-        chosen = _CHOSEN[op, device_type, dtype] = choose(op, device_type, dtype)
+        chosen = _remembered(op, device_type, dtype)
     return chosen
+
+
+def is_opaque(op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel that serves ``op`` there must be called through its registered op."""
+    kernel_for(op, device_type, dtype)
+    return (op, device_type, dtype) in _OPAQUE
+
+
+def _remembered(op: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    fn = _CHOSEN[op, device_type, dtype] = choose(op, device_type, dtype)
+    if any(kernel.is_opaque for kernel in _of(op) if kernel.fn is fn):
+        _OPAQUE.add((op, device_type, dtype))
+    return fn
 
 
 def _choose_all(device_type: str) -> None:
     """All at once: a compiler reads the dict once, at its first look-up."""
     for op in kernels():
         for dtype in _FLOATS:
-            key = op, device_type, dtype
-            _CHOSEN[key] = _CHOSEN.get(key) or choose(*key)
+            if (op, device_type, dtype) not in _CHOSEN:
+                _remembered(op, device_type, dtype)
 
 
 # What torch.compiler.assume_constant_result does, which would load the compiler at import.
