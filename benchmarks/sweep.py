@@ -5,6 +5,7 @@
     python benchmarks/sweep.py --readme      rewrite README's table from the results file
     python benchmarks/sweep.py --smoke       a tiny model, two rounds: does the script run?
     python benchmarks/sweep.py --only NAME   one sweep (may be given more than once)
+    --device cuda          on a GPU, and print only
     --tl4-python PATH      the interpreter of an environment with transformer-lens 4
     --nnsight-python PATH  the interpreter of an environment with nnsight
 
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.cuda_devices import problem_of
 from benchmarks.forward import transformer_lens_twin
 from benchmarks.peers import loops, process, stacked
 from benchmarks.sweep_cases import CASES, MODELS, SMOKE_CASES, Case
@@ -104,10 +106,16 @@ class Models:
     peers: Mapping[str, process.Peer] = field(default_factory=dict)
 
 
+def prompts_on_device(model: HookedTransformer, case: Case) -> tuple[Tensor, Tensor]:
+    """Clean and corrupted tokens where the model is."""
+    clean, corrupted = (tokens.to(model.cfg.device) for tokens in case.prompts(model))
+    return clean, corrupted
+
+
 def our_contenders(models: Models, case: Case) -> dict[str, Contender]:
     """fastlens' own ways to run the whole sweep; `sweep` runs the clean prompt as well."""
     ours = models.ours
-    clean, corrupted = case.prompts(ours)
+    clean, corrupted = prompts_on_device(ours, case)
     answers = case.answers(ours)
     metric = logit_diff(*answers)
 
@@ -138,7 +146,7 @@ def slow_contenders(models: Models, case: Case) -> dict[str, Contender]:
     hand runs the clean prompt itself.
     """
     ours = models.ours
-    clean, corrupted = case.prompts(ours)
+    clean, corrupted = prompts_on_device(ours, case)
     metric = loops.difference_of(*case.answers(ours))
     every = case.indices(ours.cfg.n_layers, ours.cfg.n_heads)
     drawn = case.drawn(len(every))
@@ -197,7 +205,7 @@ def checked_differences(contenders: Mapping[str, Contender], gap: float) -> dict
 
     Raises: SystemExit if it is beyond the tolerance: then no time would mean anything.
     """
-    expected = contenders[OURS].run().double()
+    expected = contenders[OURS].run().double().cpu()
     spread = float(expected.max() - expected.min())
     tolerance = min(TOLERANCE * max(1.0, abs(gap)), TOLERANCE_OF_RANGE * spread)
     found = {}
@@ -205,7 +213,7 @@ def checked_differences(contenders: Mapping[str, Contender], gap: float) -> dict
         if name == OURS:
             continue
         rows = slice(None) if contender.rows is None else contender.rows
-        values = contender.run().double()
+        values = contender.run().double().cpu()
         if values.shape != expected[rows].shape:
             raise SystemExit(
                 f"{name} gives {len(values)} values where fastlens gives {len(expected[rows])}"
@@ -230,9 +238,9 @@ def products(cfg: Any, rows: int) -> dict[str, tuple[Callable[[], Any], int]]:
     }
     found = {}
     for name, (inner, outer) in shapes.items():
-        x = torch.randn(rows, inner)
+        x = torch.randn(rows, inner, device=cfg.device)
         # Other weights each time, as in a model's layers.
-        weights = [torch.randn(outer, inner) for _ in range(4)]
+        weights = [torch.randn(outer, inner, device=cfg.device) for _ in range(4)]
 
         def multiply(x: Tensor = x, weights: list[Tensor] = weights) -> None:
             for weight in weights:
@@ -250,12 +258,14 @@ def timed(
     rounds: int,
     seconds: float,
     slow_runs: Mapping[str, int],
+    synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Quick contenders in rounds before, between and after single runs of the slow ones.
 
     Args:
         rounds: Of the quick ones, at least; more until they have taken ``seconds``.
         slow_runs: How often each slow one runs.
+        synchronize: Waits for the device.
     """
     shuffle = random.Random(0).shuffle
     order: list[str | None] = [name for name in slow for _ in range(slow_runs[name])]
@@ -271,9 +281,11 @@ def timed(
             seconds=seconds / parts,
             min_rounds=math.ceil(rounds / parts),
             warm_ups=1 if part == 0 else 0,
+            synchronize=synchronize,
         )
         if name is not None:
-            several |= alternating({name: slow[name]}, min_rounds=1, max_rounds=1, warm_ups=0)
+            once = {"min_rounds": 1, "max_rounds": 1, "warm_ups": 0}
+            several |= alternating({name: slow[name]}, **once, synchronize=synchronize)
         for one, timing in several.items():
             found[one] += timing.seconds
     return {name: Timing(tuple(runs)) for name, runs in found.items()}
@@ -292,7 +304,7 @@ def measure(models: Models, case: Case, **options: Any) -> dict:
     """One sweep by every contender, values compared first."""
     gc.collect()
     ours = models.ours
-    clean, corrupted = case.prompts(ours)
+    clean, corrupted = prompts_on_device(ours, case)
     answers = case.answers(ours)
     metric = logit_diff(*answers)
 
@@ -310,7 +322,7 @@ def measure(models: Models, case: Case, **options: Any) -> dict:
         options["rounds"] = min(options["rounds"], ROUNDS_OF_LONG)
     differences = checked_differences({**whole, **slow}, gap)
     multiplied = products(ours.cfg, min(MOST_ROWS, widest(query.plan)))
-    forward = torch.arange(16)[None] % ours.cfg.d_vocab
+    forward = torch.arange(16, device=clean.device)[None] % ours.cfg.d_vocab
 
     def one_forward() -> Any:
         with torch.no_grad():
@@ -323,6 +335,8 @@ def measure(models: Models, case: Case, **options: Any) -> dict:
         **({} if case.texts else {HF_FORWARD: one_forward}),
         **{name: multiply for name, (multiply, _) in multiplied.items()},
     }
+    if clean.device.type == "cuda":
+        options["synchronize"] = torch.cuda.synchronize
     timings = timed(quick, {name: one.run for name, one in slow.items()}, **options)
     n = len(query.runs)
     rates = {name: flops / timings[name].median for name, (_, flops) in multiplied.items()}
@@ -355,6 +369,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", action="append", choices=names, help="this sweep; repeatable")
     found.add_argument("--tl4-python", metavar="PATH", help="python with transformer-lens 4")
     found.add_argument("--nnsight-python", metavar="PATH", help="python with nnsight")
+    found.add_argument("--device", default="cpu", help="cuda or cuda:1; results are only printed")
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--rounds", type=int, default=12, help="of the quick ones, at least")
     found.add_argument("--seconds", type=float, default=30.0, help="of the quick ones, a sweep")
@@ -403,6 +418,12 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         return None
     if arguments.smoke and arguments.write:
         options.error("--smoke measures nothing worth writing")
+    if (problem := problem_of(arguments.device)) is not None:
+        raise SystemExit(problem)
+    if arguments.device != "cpu" and (
+        arguments.write or arguments.tl4_python or arguments.nnsight_python
+    ):
+        options.error("on another device only what runs in this process is timed, and printed")
     torch.set_num_threads(arguments.threads)
     cases = SMOKE_CASES if arguments.smoke else CASES
     cases = [case for case in cases if not arguments.only or case.name in arguments.only]
@@ -411,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         rounds = {"rounds": 2, "seconds": 0.0, "slow_runs": dict.fromkeys(SLOW_RUNS, 1)}
     if arguments.slow_runs is not None:
         rounds["slow_runs"] = dict.fromkeys(SLOW_RUNS, arguments.slow_runs)
-    record = {"machine": machine("cpu"), "peers": {}, "rows": []}
+    record = {"machine": machine(arguments.device), "peers": {}, "rows": []}
     if importlib.util.find_spec("transformer_lens") is not None:
         record["peers"][TL3] = f"transformer-lens {metadata.version('transformer-lens')}"
     else:
@@ -422,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
             print(f"{name} is left out: no {OPTIONS[name]} is given", flush=True)
     for name, group in itertools.groupby(cases, key=lambda case: case.model):
         gc.collect()
-        pair = MODELS[name]()
+        pair = MODELS[name](arguments.device)
         if pair is None:
             print(f"{name} is left out: its package is not installed here", flush=True)
             continue

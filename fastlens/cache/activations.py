@@ -3,14 +3,25 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fastlens.act_names import get_act_name
 from fastlens.errors import HookNameError, LayerError, ShapeError, did_you_mean
+from fastlens.hooks.derived import CacheDict, Derived, Source
 from fastlens.slices import Slice, SliceInput
 
 _log = logging.getLogger(__name__)
@@ -149,27 +160,73 @@ class Activations:
 
     def __repr__(self) -> str:
         layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        n_bytes = 0
-        for name in self:
-            activation = self[name]
-            n_bytes += activation.numel() * activation.element_size()
+        for name, activation in self._entries():
             found = re.match(r"blocks\.(\d+)\.", name)
             place = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
             which = layers.setdefault((place, tuple(activation.shape)), [])
             which.extend([int(found[1])] if found else [])
         batch = "with" if self.has_batch_dim else "without"
-        size = f"{n_bytes / 2**20:.1f} MiB"
+        size = f"{self.nbytes / 2**20:.1f} MiB"
         lines = [f"{type(self).__name__}: {len(self)} activations, {size}, {batch} a batch axis"]
         for (place, shape), which in layers.items():
             lines.append(f"  {place.replace('{}', _ranges(which))} {list(shape)}")
         return "\n".join(lines)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the activations hold, in bytes; what entries share counts once.
+
+        Entries that are computed when read cost nothing before.
+        """
+        held = [tensor for _, entry in self._entries() for tensor in _held(entry)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def pattern_rows(
+        self,
+        layer: int,
+        heads: Sequence[int] | None = None,
+        query_pos: Sequence[int] | Tensor | None = None,
+        scores: bool = False,
+    ) -> Float[Tensor, "*batch head query_pos key_pos"]:
+        """Some rows of one layer's attention pattern; nothing else of it is computed or kept.
+
+        For patterns too large to hold: read them a head, or a few rows, at a time.
+
+        Args:
+            layer: Negative counts from the end.
+            heads, query_pos: Indices, in the order wanted; None is all.
+            scores: The scores before the softmax instead.
+        """
+        name = self._full_name(("attn_scores" if scores else "pattern", layer))
+        entry = self.cache_dict.entry(name) if isinstance(self.cache_dict, CacheDict) else None
+        if isinstance(entry, Derived):
+            part = entry.read_part(heads, query_pos)
+            if part is not None:
+                return part
+        whole = self[name]
+        if heads is not None:
+            whole = whole[..., list(heads), :, :]
+        if query_pos is not None:
+            rows = query_pos if isinstance(query_pos, Tensor) else list(query_pos)
+            whole = whole[..., rows, :]
+        return whole
+
+    def _entries(self) -> list[tuple[str, Source]]:
+        """What stands in the cache, computed or not."""
+        found = self.cache_dict
+        return list(found.entries() if isinstance(found, CacheDict) else found.items())
 
     def to(self: Self, device: torch.device | str) -> Self:
         """Move all activations. Returns this cache, changed.
 
         Methods that read weights then copy those to the activations' device at each call.
         """
-        self.cache_dict = {name: activation.to(device) for name, activation in self.items()}
+        moved: dict[int, Source] = {}
+        kept = CacheDict()
+        for name, entry in self._entries():
+            kept.put(name, _moved(entry, torch.device(device), moved))
+        self.cache_dict = kept
         return self
 
     def toggle_autodiff(self, mode: bool = False) -> None:
@@ -191,10 +248,7 @@ class Activations:
                 f"the batch axis can only be removed from a batch of one; this has {batch}. "
                 "Choose one with apply_slice_to_batch_dim(i)."
             )
-        for name in self:
-            activation = self[name]
-            if activation.ndim > 0 and activation.shape[0] == 1:
-                self.cache_dict[name] = activation[0]
+        self.cache_dict = _changed(self._entries(), 1, lambda activation: activation[0])
         self.has_batch_dim = False
         return self
 
@@ -210,19 +264,40 @@ class Activations:
         if not self.has_batch_dim and batch_slice.mode != "identity":
             raise ShapeError("this cache has no batch axis to slice: it was removed.")
         batch = self._batch_size()
-        chosen = {
-            name: batch_slice.apply(activation)
-            if activation.ndim > 0 and activation.shape[0] == batch
-            else activation
-            for name, activation in self.items()
-        }
+        chosen = _changed(self._entries(), batch, batch_slice.apply)
         still_has_batch = self.has_batch_dim and batch_slice.mode != "int"
         return type(self)(chosen, self.model, has_batch_dim=still_has_batch)
 
     def _batch_size(self) -> int:
         """The commonest first axis: a few entries may not start with the batch."""
-        sizes = Counter(value.shape[0] for value in self.values() if value.ndim > 0)
+        sizes = Counter(entry.shape[0] for _, entry in self._entries() if len(entry.shape) > 0)
         return sizes.most_common(1)[0][0] if sizes else 1
+
+
+def _held(entry: Source) -> Iterable[Tensor]:
+    return entry.held() if isinstance(entry, Derived) else [entry]
+
+
+def _changed(
+    entries: Iterable[tuple[str, Source]], batch: int, change: Callable[[Tensor], Tensor]
+) -> CacheDict:
+    """The entries whose first axis is the batch, changed; the others as they are."""
+    kept = CacheDict()
+    for name, entry in entries:
+        if len(entry.shape) > 0 and entry.shape[0] == batch:
+            entry = entry.then(change) if isinstance(entry, Derived) else change(entry)
+        kept.put(name, entry)
+    return kept
+
+
+def _moved(entry: Source, device: torch.device, moved: dict[int, Source]) -> Source:
+    """On that device; what entries share is copied once."""
+    if id(entry) not in moved:
+        if isinstance(entry, Derived):
+            moved[id(entry)] = entry.on(lambda source: _moved(source, device, moved))
+        else:
+            moved[id(entry)] = entry.to(device)
+    return moved[id(entry)]
 
 
 def as_slice(choice: AnySlice) -> Slice:

@@ -1,12 +1,14 @@
 """``fastlens doctor``: what is installed, what runs where and why, and what was found."""
 
-from typing import Any
+import contextlib
+import re
+from typing import Annotated, Any
 
 import typer
 
 from fastlens.cli import output
 from fastlens.cli.models import smollm2_problem
-from fastlens.cli.options import DebugOption, JsonOption
+from fastlens.cli.options import DebugOption, JsonOption, OptionError
 
 REQUIRED = "torch transformers safetensors numpy einops jaxtyping tqdm typer".split()
 # Optional package -> what needs it.
@@ -20,19 +22,55 @@ OPTIONAL = {
     "transformer-lens": "comparisons in tests and benchmarks",
 }
 GIB = 2**30
+# What a CUDA device is taken for that is not here: an H100's.
+SUPPOSED_CAPABILITY = (9, 0)
+UNRUN = "not run on a GPU"
+MEANINGS = {
+    "attention": "values mixed by the softmax of scores, which are never held all at once",
+    "attention_lse": "the same, and the log-sum-exp of each row's scores",
+    "attention_pattern": "patterns of chosen heads and query rows",
+    "attention_pattern_rows": "single rows of patterns, each of any example and head",
+    "attention_summary": "entropy of each row, and its mass on offsets and labels, by no pattern",
+    "attention_with_pattern": "values mixed by a given or edited pattern",
+    "capture": "chosen vectors of an activation, cast, as a copy",
+    "capture_int8": "the same in 8 bits a number, with one scale a row",
+    "dequantize": "the numbers that packed weights or activations stand for",
+    "layer_norm": "centred, divided by the standard deviation, scaled and shifted",
+    "norm": "either norm, with the mean and the scale it divided by",
+    "patch_sites": "a copy of an activation with many sites changed",
+    "patch_sites_": "the same, written into the activation itself",
+    "rms_norm": "divided by the root mean square, and scaled",
+    "rotary": "pairs of channels turned by an angle that grows with the position",
+    "suffix_attention": "attention of many runs' own rows over keys that they share",
+}
+
+PlaceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="Kernels for cpu or cuda only. A CUDA device need not be here."),
+]
+CapabilityOption = Annotated[
+    str | None,
+    typer.Option(help="Compute capability of the CUDA device, such as 8.0. [default: 9.0]"),
+]
 
 
-def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
+def doctor(
+    device: PlaceOption = None,
+    capability: CapabilityOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
     """Show versions, devices, memory, kernels and settings.
 
     For each operation: which kernel serves it, and why the others do not.
     """
+    chosen = kernels(device, capability)
     record = {
         "command": "doctor",
         "versions": versions(),
         "devices": devices(),
         "memory": memory(),
-        "kernels": kernels(),
+        "kernels": chosen,
         "models": found_models(),
         "settings": settings(),
     }
@@ -43,12 +81,13 @@ def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
         "versions": [[name, text] for name, text in record["versions"].items()],
         "devices": [[device["name"], device["about"]] for device in record["devices"]],
         "memory": [[name, text] for name, text in record["memory"].items()],
-        "kernels": _kernel_rows(record["kernels"]),
         "models": [[name, text] for name, text in record["models"].items()],
         "settings": [[row["name"], row["value"], row["meaning"]] for row in record["settings"]],
     }
     for title, rows in blocks.items():
         typer.echo(f"{title}\n{output.columns(rows)}")
+        if title == "memory":
+            typer.echo("\n".join(["kernels", *_kernel_lines(record["kernels"])]))
 
 
 def versions() -> dict[str, str]:
@@ -124,27 +163,43 @@ def memory() -> dict[str, str]:
     return found
 
 
-def kernels() -> list[dict[str, Any]]:
-    """For each op, device and dtype: the kernel that serves it and why others do not."""
+def kernels(device: str | None = None, capability: str | None = None) -> list[dict[str, Any]]:
+    """For each op, device and dtype: the kernel that serves it and why others do not.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``; by default the CPU, and CUDA if it is here.
+        capability: Compute capability of a CUDA device that is supposed to be here.
+    """
     import torch
 
+    from fastlens.kernels.capability import supposing
     from fastlens.ops import dispatch
 
-    places = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    places = [device] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    supposed = _supposed(device, capability)
     rows = []
-    for op in dispatch.kernels():
-        for place in places:
-            for dtype in (torch.float32, torch.bfloat16):
-                choice = dispatch.explain(op, place, dtype)
-                rows.append(
-                    {
-                        "op": op,
-                        "device": place,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "kernel": choice.kernel,
-                        "refused": choice.refused,
-                    }
-                )
+    with supposing(supposed) if supposed else contextlib.nullcontext():
+        for op, known in dispatch.kernels().items():
+            unrun = [kernel.name for kernel in known if kernel.is_for_gpus]
+            for place in places:
+                for dtype in (torch.float32, torch.bfloat16):
+                    choice = dispatch.explain(op, place, dtype)
+                    where = place
+                    if place == "cuda" and supposed:
+                        where = "cuda (compute {}.{}, supposed)".format(*supposed)
+                    rows.append(
+                        {
+                            "op": op,
+                            "meaning": MEANINGS.get(op, ""),
+                            "device": where,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "kernel": choice.kernel,
+                            "refused": choice.refused,
+                            "not_run_on_a_gpu": [
+                                n for n in (choice.kernel, *choice.refused) if n in unrun
+                            ],
+                        }
+                    )
     return rows
 
 
@@ -174,12 +229,43 @@ def settings() -> list[dict[str, str]]:
     return [{"name": s.name, "value": shown(s), "meaning": s.meaning} for s in SETTINGS]
 
 
-def _kernel_rows(choices: list[dict[str, Any]]) -> list[list[str]]:
-    rows = []
+def _supposed(device: str | None, capability: str | None) -> tuple[int, int] | None:
+    """The capability asked for, or one for a CUDA device that is not here; None for what is."""
+    import torch
+
+    if device not in (None, "cpu", "cuda"):
+        raise OptionError(f"--device {device}: kernels are for cpu or cuda.")
+    if capability is None:
+        is_here = torch.cuda.is_available()
+        return SUPPOSED_CAPABILITY if device == "cuda" and not is_here else None
+    if device != "cuda":
+        raise OptionError(f"--capability {capability} is a CUDA device's: add --device cuda.")
+    found = re.fullmatch(r"(\d+)\.(\d)", capability)
+    if found is None:
+        raise OptionError(f"--capability {capability} is none: write it as 8.0 or 9.0.")
+    return int(found[1]), int(found[2])
+
+
+def _kernel_lines(choices: list[dict[str, Any]]) -> list[str]:
+    """Each op, what it means, and for each device the kernel; dtypes that agree share lines."""
+    same: dict[tuple[Any, ...], list[str]] = {}
     for choice in choices:
-        rows.append([choice["op"], choice["device"], choice["dtype"], choice["kernel"]])
-        rows += [["", "", "", f"not {name}: {why}"] for name, why in choice["refused"].items()]
-    return rows
+        refused = tuple(choice["refused"].items())
+        unrun = tuple(choice["not_run_on_a_gpu"])
+        key = (choice["op"], choice["meaning"], choice["device"], choice["kernel"], refused, unrun)
+        same.setdefault(key, []).append(choice["dtype"])
+    lines: list[str] = []
+    for (op, meaning, device, kernel, refused, unrun), dtypes in same.items():
+        title = f"  {op}: {meaning}"
+        if title not in lines:
+            lines.append(title)
+
+        def named(name: str, unrun: tuple[str, ...] = unrun) -> str:
+            return f"{name} ({UNRUN})" if name in unrun else name
+
+        lines.append(f"    {device}, {' and '.join(dtypes)}: {named(kernel)}")
+        lines += [f"      not {named(name)}: {why}" for name, why in refused]
+    return lines
 
 
 def _peak_bytes() -> int | None:

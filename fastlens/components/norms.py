@@ -37,10 +37,7 @@ class _Norm(nn.Module):
         looked_at = is_live(self.hook_scale) or is_live(self.hook_normalized)
         if not looked_at and x.dtype == dtype and (w is None or w.dtype == dtype):
             return self._fused(x, w, b)
-        if dtype in HALF:
-            x = x.to(torch.float32)
-        if self.centres:
-            x = x - x.mean(-1, keepdim=True)
+        x = _centred(x, self.centres, dtype)
         scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
         x = self.hook_normalized(x / scale).to(dtype)
         x = x if w is None else x * w
@@ -54,6 +51,27 @@ class _Norm(nn.Module):
         if self.centres:
             return layer_norm(x, w, b, self.eps)
         return rms_norm(x, w, self.eps)
+
+
+def _centred(x: Tensor, centres: bool, dtype: torch.dtype) -> Tensor:
+    if dtype in HALF:
+        x = x.to(torch.float32)
+    return x - x.mean(-1, keepdim=True) if centres else x
+
+
+def normalized_by(
+    x: Float[Tensor, "... length"],
+    scale: Float[Tensor, "... one"],
+    *,
+    centres: bool,
+    dtype: torch.dtype,
+) -> Float[Tensor, "... length"]:
+    """What a norm's ``hook_normalized`` sees, from its input and its ``hook_scale``.
+
+    Args:
+        dtype: Of the model: 16-bit ones normalise in float32.
+    """
+    return _centred(x, centres, dtype) / scale
 
 
 class LayerNorm(_Norm):

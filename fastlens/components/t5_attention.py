@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,7 +12,8 @@ from fastlens.components.attention import AbstractAttention
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
 from fastlens.hooks.point import HookPoint
-from fastlens.kernels.masks import AttentionRule, visibility
+from fastlens.kernels.masks import AttentionRule
+from fastlens.ops.attention import attention
 
 
 class T5Attention(AbstractAttention):
@@ -126,17 +126,11 @@ class T5Attention(AbstractAttention):
         added: list[Tensor],
     ) -> Tensor:
         """Values mixed by attention, fused also where a bias is added to the scores."""
-        is_plain = attention_mask is None and self.cfg.attn_scores_soft_cap <= 0
-        if not (added and is_plain and self._is_fused()):
+        # A tap makes patterns of queries and keys alone.
+        if not added or self.tap is not None or not self._is_fused():
             return super()._attended(q, k, v, offset, attention_mask, added)
         bias = added[0] if len(added) == 1 else added[0] + added[1]
-        queries = torch.arange(offset, offset + q.shape[1], device=q.device)
-        visible = visibility(self.rule, queries, torch.arange(k.shape[1], device=q.device), None)
-        if visible is not None:
-            bias = bias.masked_fill(~visible, -torch.inf)
-        z = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
-            attn_mask=bias.to(q.dtype),
-            scale=1.0 / self.attn_scale,
-        )
-        return self.hook_z(z.transpose(1, 2))
+        # A padding mask is one row for all queries: no copy of it is made.
+        bias = bias.expand(-1, -1, q.shape[1], -1)
+        key_mask = None if attention_mask is None else attention_mask.bool()
+        return self.hook_z(attention(q, k, v, self.rule, offset, key_mask, bias))

@@ -120,6 +120,8 @@ class HookPoint(nn.Module):
         self.hook_conversion: Conversion | None = None
         # What the gradients that hooks see are multiplied by.
         self.backward_scale = 1.0
+        # Which heads the passing activation holds, where that is not all of them.
+        self.held_heads: tuple[int, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         # Most points are never looked at: skip torch's machinery for calling modules.

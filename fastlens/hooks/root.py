@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastlens.errors import HookNameError, did_you_mean
-from fastlens.hooks.capture import CaptureSpec, capture_hook
+from fastlens.hooks.capture import CapturePlan, CaptureSpec, Heads, capture_hook
 from fastlens.hooks.point import HookFunction, HookPoint, LensHandle
 from fastlens.slices import Slice, SliceInput
 
@@ -246,6 +246,8 @@ class HookedRootModule(nn.Module):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         pos_slice: Slice | SliceInput = None,
+        heads: Heads = None,
+        lazy: bool = True,
         **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """One forward, and the activations that passed the hook points.
@@ -262,19 +264,50 @@ class HookedRootModule(nn.Module):
             pos_slice: Positions to keep, along each activation's own position axis. Sliced entries
                 are copies, so they keep no larger tensor alive. Activations without a position
                 axis (flattened QK-norms, routed experts) are kept whole.
+            heads: Query heads to keep, counted from 0: the same in all layers, or a dict of layer
+                -> heads (other layers keep all). Of keys and values under grouped attention, those
+                that the heads read. Patterns and scores of other heads are not even computed.
+            lazy: Let entries that follow exactly from captured ones be computed when first read
+                (a `HookedTransformer`'s patterns, scores, norms, activations of neurons). Editing
+                a captured tensor in place before that is an error then. False stores everything.
 
         Returns: the output, and a dict of name -> activation (detached; unsliced entries share
             memory with the run, as in TransformerLens).
         """
-        cache, fwd, bwd = self.get_caching_hooks(
-            names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
-        )
-        with self.hooks(fwd, bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
+        spec = CaptureSpec(Slice.unwrap(pos_slice), device, remove_batch_dim, heads)
+        # Hooks that stay on must go on filling the cache, and gradients need the places themselves.
+        lazy = lazy and reset_hooks_end and not incl_bwd
+        self.is_caching = True
+        plan = self.capture_plan(names_filter, spec, incl_bwd, lazy)
+        with self.hooks(plan.fwd, plan.bwd, reset_hooks_end, clear_contexts), plan.tapping():
             with uncompiled():
                 output = self(*model_args, **model_kwargs)
             if incl_bwd:
                 output.backward()
-        return output, cache
+        return output, plan.cache
+
+    def capture_plan(
+        self,
+        names_filter: NamesFilter,
+        spec: CaptureSpec,
+        incl_bwd: bool = False,
+        lazy: bool = False,
+    ) -> CapturePlan:
+        """How `run_with_cache` captures; a subclass knows what need not be stored."""
+        if spec.heads is None:
+            cache, fwd, bwd = self.get_caching_hooks(
+                names_filter,
+                incl_bwd,
+                spec.device,
+                remove_batch_dim=spec.remove_batch_dim,
+                pos_slice=spec.pos_slice,
+            )
+            return CapturePlan(cache, fwd, bwd)
+        names = self._names_matching(names_filter)
+        cache = {}
+        fwd = [(name, capture_hook(cache, name, spec)) for name in names]
+        bwd = [(name, capture_hook(cache, f"{name}_grad", spec)) for name in names]
+        return CapturePlan(cache, fwd, bwd if incl_bwd else [])
 
     def get_caching_hooks(
         self,

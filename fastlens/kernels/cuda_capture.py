@@ -49,4 +49,4 @@ def capture(activation: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-KERNEL = Kernel("capture", "CUDA C++ capture", capture, compiled.refuses, priority=20)
+KERNEL = Kernel("capture", "CUDA C++ capture", capture, compiled.refuses, 20, is_opaque=True)

@@ -33,5 +33,10 @@ def capture_int8(activation: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 KERNEL = Kernel(
-    "capture_int8", "CUDA C++ capture_int8", capture_int8, compiled.refuses, priority=20
+    "capture_int8",
+    "CUDA C++ capture_int8",
+    capture_int8,
+    compiled.refuses,
+    priority=20,
+    is_opaque=True,
 )

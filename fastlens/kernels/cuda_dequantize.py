@@ -30,4 +30,6 @@ def dequantize(packed: Tensor, scale: Tensor | None, packed_as: str, dtype: torc
     return out
 
 
-KERNEL = Kernel("dequantize", "CUDA C++ dequantize", dequantize, compiled.refuses, priority=20)
+KERNEL = Kernel(
+    "dequantize", "CUDA C++ dequantize", dequantize, compiled.refuses, priority=20, is_opaque=True
+)

@@ -23,3 +23,8 @@ class Kernel:
     refuses: Callable[[torch.device, torch.dtype], str | None]
     priority: int = 0
     is_opaque: bool = False
+
+    @property
+    def is_for_gpus(self) -> bool:
+        """Whether it is made for GPUs (Triton, csrc/). No one has run one of those on a GPU yet."""
+        return self.fn.__module__.rpartition(".")[2].startswith(("triton_", "cuda_"))

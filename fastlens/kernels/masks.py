@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -21,6 +21,31 @@ class AttentionRule(NamedTuple):
     window: int | None = None
     soft_cap: float = -1.0
     alibi: bool = False
+
+
+class KeyGroup(NamedTuple):
+    """Which keys count as one group for each query: those with the query's label.
+
+    Attributes:
+        query_labels, key_labels: A label of 0 or more, or a negative one for no group.
+        strict: Whether a query's own position is left out of its group.
+    """
+
+    query_labels: Int[Tensor, "batch query_pos"]
+    key_labels: Int[Tensor, "batch key_pos"]
+    strict: bool = True
+
+
+def with_lengths(
+    key_mask: Bool[Tensor, "batch key_pos"] | None,
+    key_lengths: Int[Tensor, " batch"] | None,
+    n_keys: int,
+) -> Bool[Tensor, "batch key_pos"] | None:
+    """A key mask that also hides all but the first ``key_lengths`` keys of each example."""
+    if key_lengths is None:
+        return key_mask
+    counted = torch.arange(n_keys, device=key_lengths.device) < key_lengths[:, None]
+    return counted if key_mask is None else key_mask & counted.to(key_mask.device)
 
 
 def alibi_slopes(n_heads: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " head"]:

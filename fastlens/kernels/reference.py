@@ -4,14 +4,24 @@ The ops on tables of sites and on packed weights stand in `reference_sites`, `re
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility
+from fastlens.kernels.reference_attention import attention as attention
+from fastlens.kernels.reference_attention import attention_lse as attention_lse
+from fastlens.kernels.reference_attention import attention_pattern as attention_pattern
+from fastlens.kernels.reference_attention import attention_pattern_rows as attention_pattern_rows
+from fastlens.kernels.reference_attention import attention_scores as attention_scores
+from fastlens.kernels.reference_attention import attention_summary as attention_summary
+from fastlens.kernels.reference_attention import attention_with_pattern as attention_with_pattern
+from fastlens.kernels.reference_attention import score_rows as score_rows
+from fastlens.kernels.reference_norm import norm as norm
 from fastlens.kernels.reference_packed import dequantize as dequantize
 from fastlens.kernels.reference_sites import capture as capture
 from fastlens.kernels.reference_sites import capture_int8 as capture_int8
 from fastlens.kernels.reference_sites import patch_sites as patch_sites
+from fastlens.kernels.reference_sites import patch_sites_ as patch_sites_
+from fastlens.kernels.reference_suffix import suffix_attention as suffix_attention
 
 
 def layer_norm(
@@ -54,90 +64,3 @@ def rotary(
         turned = torch.cat([-second, first], -1)
     rotated = turning * cos[:, :, None] + turned * sin[:, :, None]
     return torch.cat([rotated, passing], -1)
-
-
-def attention_scores(
-    q: Float[Tensor, "batch query_pos head d_head"],
-    k: Float[Tensor, "batch key_pos kv_head d_head"],
-    rule: AttentionRule,
-    offset: int = 0,
-    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
-) -> Float[Tensor, "batch head query_pos key_pos"]:
-    """Scores before the softmax, minus infinity where a key is not visible.
-
-    Query row i stands at absolute position ``offset + i``; query head h reads KV head
-    ``h // (heads / kv_heads)``.
-    """
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / rule.scale
-    if rule.soft_cap > 0:
-        scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
-    queries = torch.arange(offset, offset + q.shape[1], device=q.device)
-    keys = torch.arange(k.shape[1], device=q.device)
-    if rule.alibi:
-        distance = (keys[None, :] - queries[:, None]).clamp(max=0)
-        scores = scores + alibi_slopes(q.shape[2], q.device, q.dtype)[:, None, None] * distance
-    visible = visibility(rule, queries, keys, key_mask)
-    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
-
-
-def attention_pattern(
-    scores: Float[Tensor, "batch head query_pos key_pos"],
-) -> Float[Tensor, "batch head query_pos key_pos"]:
-    """Softmax over keys; a row that sees no key is all zeros, not NaN."""
-    return torch.softmax(scores, -1).nan_to_num(nan=0.0)
-
-
-def attention_with_pattern(
-    pattern: Float[Tensor, "batch head query_pos key_pos"],
-    v: Float[Tensor, "batch key_pos kv_head d_head"],
-) -> Float[Tensor, "batch query_pos head d_head"]:
-    """Values mixed by a given pattern."""
-    v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
-    return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-
-
-def attention(
-    q: Float[Tensor, "batch query_pos head d_head"],
-    k: Float[Tensor, "batch key_pos kv_head d_head"],
-    v: Float[Tensor, "batch key_pos kv_head d_head"],
-    rule: AttentionRule,
-    offset: int = 0,
-    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
-) -> Float[Tensor, "batch query_pos head d_head"]:
-    """``softmax(scores) @ v``, with every score held at once."""
-    pattern = attention_pattern(attention_scores(q, k, rule, offset, key_mask))
-    return attention_with_pattern(pattern, v)
-
-
-def score_rows(
-    q: Float[Tensor, "row d_head"],
-    k: Float[Tensor, "row key_pos d_head"],
-    rule: AttentionRule,
-    query_pos: Int[Tensor, " row"],
-    head: Int[Tensor, " row"],
-    n_heads: int,
-    key_mask: Bool[Tensor, "row key_pos"] | None = None,
-) -> Float[Tensor, "row key_pos"]:
-    """Single rows of `attention_scores`, each of its own head, position and keys.
-
-    Args:
-        query_pos: Absolute position of each row; its keys start at position 0.
-        head, n_heads: Which head it is, of how many: ALiBi's slope depends on it.
-    """
-    scores = torch.einsum("rd,rkd->rk", q, k) / rule.scale
-    if rule.soft_cap > 0:
-        scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
-    keys = torch.arange(k.shape[1], device=q.device)
-    behind = keys[None, :] - query_pos[:, None]
-    if rule.alibi:
-        slopes = alibi_slopes(n_heads, q.device, q.dtype)[head]
-        scores = scores + slopes[:, None] * behind.clamp(max=0)
-    hidden = torch.zeros_like(behind, dtype=torch.bool)
-    if rule.causal:
-        hidden = hidden | (behind > 0)
-    if rule.window is not None:
-        hidden = hidden | (behind <= -rule.window)
-    if key_mask is not None:
-        hidden = hidden | ~key_mask
-    return scores.masked_fill(hidden, -torch.inf)

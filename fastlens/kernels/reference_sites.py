@@ -38,6 +38,17 @@ def patch_sites(
     return out
 
 
+def patch_sites_(
+    activation: Float[Tensor, "*axes"],
+    table: Int[Tensor, "site width"],
+    values: Float[Tensor, "*values"] | None,
+    mode: str,
+    is_checked: bool,
+) -> None:
+    """As `patch_sites`, written into the activation itself; checks whatever ``is_checked`` says."""
+    activation.copy_(patch_sites(activation, table, values, mode))
+
+
 def capture(
     activation: Float[Tensor, "*axes"], table: Int[Tensor, "site width"], dtype: torch.dtype
 ) -> Float[Tensor, "site ..."]:

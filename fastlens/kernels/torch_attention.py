@@ -1,6 +1,8 @@
 """Attention over PyTorch's fused `scaled_dot_product_attention`, in blocks of query rows."""
 
 import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,26 @@ from torch import Tensor
 
 from fastlens.kernels.kernel import Kernel
 from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility, visible_keys
-from fastlens.kernels.reference import attention as materialised
+from fastlens.kernels.reference_attention import attention as materialised
 
 ROWS_PER_BLOCK = 512
 # Masks of at most so many entries are kept.
 KEPT_ENTRIES = 2**14
+
+
+class RowBlock(NamedTuple):
+    """The arguments of `attention` for some query rows and the keys that any of them sees.
+
+    Positions are relative to the first of those keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rule: AttentionRule
+    offset: int
+    key_mask: Tensor | None
+    bias: Tensor | None
 
 
 def attention(
@@ -23,52 +40,102 @@ def attention(
     rule: AttentionRule,
     offset: int = 0,
     key_mask: Bool[Tensor, "batch key_pos"] | None = None,
+    bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
 ) -> Float[Tensor, "batch query_pos head d_head"]:
     """Fused where no mask tensor is needed; else blocks of query rows with their own mask slice."""
-    n_queries, n_keys = q.shape[1], k.shape[1]
-    sees_everything = not rule.causal or (n_queries == 1 and n_keys == offset + 1)
-    window_binds = rule.window is not None and n_keys > rule.window
-    plain = key_mask is None and not window_binds and not rule.alibi and rule.soft_cap <= 0
-    if plain and (sees_everything or (offset == 0 and n_queries == n_keys)):
-        return _sdpa(q, k, v, rule, is_causal=not sees_everything)
-    blocks = [
-        _rows(q[:, row : row + ROWS_PER_BLOCK], k, v, rule, offset + row, key_mask)
-        for row in range(0, n_queries, ROWS_PER_BLOCK)
-    ]
+    whole = RowBlock(q, k, v, rule, offset, key_mask, bias)
+    unmasked = needs_no_mask(whole)
+    if unmasked is not None:
+        return _sdpa(q, k, v, rule, is_causal=unmasked == "causal")
+    blocks = [_rows(block) for block in row_blocks(whole)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
-def _rows(
-    q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, first: int, key_mask: Tensor | None
-) -> Tensor:
-    """One block of query rows, whose first stands at absolute position ``first``."""
-    low, high = visible_keys(rule, k.shape[1], first, first + q.shape[1])
-    k, v = k[:, low:high], v[:, low:high]
-    key_mask = None if key_mask is None else key_mask[:, low:high]
+def needs_no_mask(whole: RowBlock) -> str | None:
+    """``"causal"`` if the only mask is the triangle of a square, ``"all"`` if there is none."""
+    q, k, _, rule, offset, key_mask, bias = whole
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    window_binds = rule.window is not None and max(n_keys, offset + n_queries) > rule.window
+    if key_mask is not None or bias is not None or window_binds or rule.alibi or rule.soft_cap > 0:
+        return None
+    if not rule.causal or n_keys <= offset + 1:
+        return "all"
+    return "causal" if offset == 0 and n_queries == n_keys else None
+
+
+def row_blocks(whole: RowBlock) -> Iterator[RowBlock]:
+    """At least one block of at most `ROWS_PER_BLOCK` query rows each."""
+    q, k, v, rule, offset, key_mask, bias = whole
+    for row in range(0, max(1, q.shape[1]), ROWS_PER_BLOCK):
+        rows = slice(row, min(q.shape[1], row + ROWS_PER_BLOCK))
+        low, high = visible_keys(rule, k.shape[1], offset + row, offset + rows.stop)
+        low = min(low, high)
+        yield RowBlock(
+            q[:, rows],
+            k[:, low:high],
+            v[:, low:high],
+            rule,
+            offset + row - low,
+            None if key_mask is None else key_mask[:, low:high],
+            None if bias is None else bias[:, :, rows, low:high],
+        )
+
+
+def _rows(block: RowBlock) -> Tensor:
+    q, k, v, rule = block[:4]
+    if not k.shape[1]:
+        return unseeing(q)
     if rule.soft_cap > 0:
-        # No fused CPU kernel caps scores. Positions are relative: shift by the keys cut off.
-        return materialised(q, k, v, rule, first - low, key_mask)
-    # Not while tracing, nor for fake tensors: what is kept must be a plain tensor.
-    is_plain = type(q) is Tensor and not torch.compiler.is_compiling()
-    is_small = q.shape[1] * (high - low) <= KEPT_ENTRIES
-    if is_plain and is_small and key_mask is None and not rule.alibi:
-        mask = _kept_mask(rule._replace(scale=1.0), first - low, q.shape[1], high - low, q.device)
-        return _sdpa(q, k, v, rule, mask=mask)
-    queries = torch.arange(first, first + q.shape[1], device=q.device)
-    keys = torch.arange(low, high, device=q.device)
-    visible = visibility(rule, queries, keys, key_mask)
-    blind = None
-    if visible is not None and key_mask is not None:
-        blind = ~visible.any(-1, keepdim=True)  # [batch, 1, query_pos, 1]
-        # A row without keys would be NaN and poison gradients: let it see all, then zero it.
-        visible = visible | blind
-    mask = visible
-    if rule.alibi:
-        distance = (keys[None, :] - queries[:, None]).clamp(max=0)
-        mask = alibi_slopes(q.shape[2], q.device, q.dtype)[:, None, None] * distance
-        mask = mask[None] if visible is None else mask[None].masked_fill(~visible, -torch.inf)
+        # No fused CPU kernel caps scores.
+        return materialised(*block)
+    mask, blind = mask_of(block)
     z = _sdpa(q, k, v, rule, mask=mask)
     return z if blind is None else z.masked_fill(blind.transpose(1, 2), 0.0)
+
+
+def unseeing(q: Tensor) -> Tensor:
+    """Zeros for rows that see no key: known to autograd, with a gradient of zero."""
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+
+
+def mask_of(block: RowBlock) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores (or, of booleans, which keys are seen), and which rows see no key.
+
+    A row without keys would be NaN and poison gradients: its mask lets it see all keys. What comes
+    out for it, ``[batch, head, query_pos, 1]`` in the second tensor, is to be replaced.
+    """
+    q, k, _, rule, offset, key_mask, bias = block
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    is_beyond = rule.window is not None and offset + n_queries - rule.window >= n_keys
+    can_be_blind = key_mask is not None or bias is not None or is_beyond
+    # Not while tracing, nor for fake tensors: what is kept must be a plain tensor.
+    is_plain = type(q) is Tensor and not torch.compiler.is_compiling()
+    is_small = n_queries * n_keys <= KEPT_ENTRIES
+    if is_plain and is_small and not can_be_blind and not rule.alibi:
+        return _kept_mask(rule._replace(scale=1.0), offset, n_queries, n_keys, q.device), None
+    queries = torch.arange(offset, offset + n_queries, device=q.device)
+    keys = torch.arange(n_keys, device=q.device)
+    visible = visibility(rule, queries, keys, key_mask)
+    added = None if bias is None else bias.to(_mask_dtype(q))
+    if rule.alibi:
+        distance = (keys[None, :] - queries[:, None]).clamp(max=0)
+        slopes = alibi_slopes(q.shape[2], q.device, _mask_dtype(q))[:, None, None]
+        added = (slopes * distance)[None] if added is None else added + slopes * distance
+    if added is not None and visible is not None:
+        added = added.masked_fill(~visible, -torch.inf)
+    blind = None
+    if can_be_blind and added is not None:
+        blind = (added == -torch.inf).all(-1, keepdim=True)
+        added = added.masked_fill(blind, 0.0)
+    elif can_be_blind and visible is not None:
+        blind = ~visible.any(-1, keepdim=True)
+        visible = visible | blind
+    return (visible if added is None else added), blind
+
+
+def _mask_dtype(q: Tensor) -> torch.dtype:
+    # Far keys of ALiBi need more digits than 16 bits have; only the CPU takes a wider mask.
+    return torch.float32 if q.element_size() == 2 and q.device.type == "cpu" else q.dtype
 
 
 @functools.lru_cache(256)

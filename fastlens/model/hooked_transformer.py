@@ -111,6 +111,14 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
         """The norm before the unembedding; models without norms have none."""
         return self._submodule("ln_final")
 
+    @property
+    def ends_in_norm(self) -> bool:
+        """Whether `ln_final` reads what the last block wrote: unless a subclass runs it otherwise.
+
+        A cache then need not store what `ln_final` normalises.
+        """
+        return type(self).forward is HookedTransformer.forward and "forward" not in self.__dict__
+
     def _submodule(self, name: str) -> Any:
         if name not in self._modules:
             raise AttributeError(f"this model has no {name}.")

@@ -11,8 +11,10 @@ from fastlens.cache import ActivationCache
 from fastlens.config import HookedTransformerConfig
 from fastlens.devices import move_to_and_update_config
 from fastlens.errors import FlagError, TokenError
+from fastlens.hooks.capture import CapturePlan, CaptureSpec
 from fastlens.hooks.point import HookFunction, HookPoint
-from fastlens.hooks.root import HookedRootModule
+from fastlens.hooks.root import HookedRootModule, NamesFilter
+from fastlens.model.capture_plan import transformer_plan
 from fastlens.settings import HF_TOKEN
 
 T = TypeVar("T", bound="TransformerRoot")
@@ -66,8 +68,12 @@ class TransformerRoot(HookedRootModule):
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
         """One forward and its activations, as an `ActivationCache` (or a plain dict).
 
-        See `HookedRootModule.run_with_cache` for ``names_filter``, ``pos_slice``, ``device``,
-        ``incl_bwd`` and the rest; further arguments go to `forward`.
+        See `HookedRootModule.run_with_cache` for ``names_filter``, ``pos_slice``, ``heads``,
+        ``device``, ``incl_bwd``, ``lazy`` and the rest; further arguments go to `forward`.
+
+        Attention stays fused. Patterns and scores, what norms normalise, ``resid_mid`` and neurons'
+        activations are computed from captured activations when they are first read: the cache
+        needs about half the memory of storing them, and at long contexts a small part of it.
         """
         output, cache = super().run_with_cache(
             *model_args, remove_batch_dim=remove_batch_dim, **kwargs
@@ -75,6 +81,17 @@ class TransformerRoot(HookedRootModule):
         if return_cache_object:
             cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
         return output, cache
+
+    def capture_plan(
+        self,
+        names_filter: NamesFilter,
+        spec: CaptureSpec,
+        incl_bwd: bool = False,
+        lazy: bool = False,
+    ) -> CapturePlan:
+        """Stores what must be, and derives the rest; see `fastlens.model.capture_plan`."""
+        names = self._names_matching(names_filter)
+        return transformer_plan(self, names, spec, incl_bwd, lazy)
 
     def required_flag(self, name: str) -> str | None:
         """The config flag without which the place ``name`` never fires, or None."""

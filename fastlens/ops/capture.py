@@ -53,8 +53,8 @@ def capture(
 
     Numerics: one rounding to ``dtype``. Differentiable in the activation.
     Cost: reads and writes the captured vectors only. On CUDA the kernel in csrc/ is taken if it
-    was built; it was not run on a GPU. ``torch.compile`` traces a table whole, and breaks its
-    graph at lists among slices.
+    was built, else Triton's if ``FASTLENS_TRITON=1``; neither was run on a GPU. ``torch.compile``
+    traces a table whole, and breaks its graph at lists among slices.
     Raises: SiteError for an index below 0 or past the end, before anything is launched; ShapeError
         for a table or slices that do not fit. Indices of slices may count from the end.
     """
@@ -81,7 +81,7 @@ def capture_int8(activation: Float[Tensor, "*axes d"], where: Where) -> Int8Rows
     Numerics: ``scale = max|x| / 127`` and ``round(x / scale)`` in float32, ties to even. Not
     differentiable.
     Cost: reads the captured vectors once from memory. On CUDA the kernel in csrc/ is taken if it
-    was built; it was not run on a GPU.
+    was built, else Triton's if ``FASTLENS_TRITON=1``; neither was run on a GPU.
     Raises: As `capture`.
     """
     place = _Place(activation, where, activation.ndim - 1)

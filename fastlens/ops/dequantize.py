@@ -37,7 +37,7 @@ def dequantize(
     rounded once to ``dtype``: bit for bit what the gguf package gives in float32. Not
     differentiable.
     Cost: reads the packed bytes and writes the result, once each. On CUDA the kernel in csrc/ is
-    taken if it was built; it was not run on a GPU.
+    taken if it was built, else Triton's if ``FASTLENS_TRITON=1``; neither was run on a GPU.
     Raises: ShapeError for an unknown format, or rows, scales or a dtype that do not fit it.
     """
     if packed_as not in FORMATS:

@@ -1,12 +1,12 @@
-"""Patching many sites of one activation at once, by a table."""
+"""Patching many sites of one activation at once, by a table: as a copy, or in place."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlens.errors import ShapeError, did_you_mean
+from fastlens.errors import GradientError, ShapeError, did_you_mean
 from fastlens.kernels.sites import check_table
-from fastlens.ops.dispatch import kernel_for
+from fastlens.ops.dispatch import is_opaque, kernel_for
 
 MODES = ("replace", "add", "scale", "zero", "mean")
 
@@ -54,6 +54,47 @@ def patch_sites(
     return torch.ops.fastlens.patch_sites(activation, table, values, mode)
 
 
+def patch_sites_(
+    activation: Float[Tensor, "*axes"],
+    table: Int[Tensor, "site width"],
+    values: Float[Tensor, "*values"] | None = None,
+    mode: str = "replace",
+    is_checked: bool = False,
+) -> None:
+    """As `patch_sites`, written into the activation itself: nothing but the sites is touched.
+
+    For activations that nobody else holds: a hook's or a cache's tensor would change in the
+    holder's hands.
+
+    Args:
+        activation: Any strides, but no two of its places may share memory (an expanded tensor).
+        table, values, mode: As for `patch_sites`. Values may be a part of the activation's own
+            memory only if no site lies in it.
+        is_checked: The table and the values are known to fit and no site comes twice, so nothing
+            is checked and a table on a GPU is not copied back. With a table for which this is not
+            true, what is written is undefined, and on a GPU where.
+
+    Numerics: as `patch_sites`. No gradient.
+    Cost: reads and writes the sites only. On CUDA kernels are taken if they can be built or
+    compiled; they were not run on a GPU.
+    Raises: As `patch_sites`; GradientError where a gradient would have to pass through.
+    """
+    if not is_checked:
+        _check(activation, table, values, mode)
+        if any(
+            n > 1 and step == 0
+            for n, step in zip(activation.shape, activation.stride(), strict=True)
+        ):
+            raise ShapeError(
+                f"places of the activation {list(activation.shape)} share memory (strides "
+                f"{list(activation.stride())}), so writing one would change others. Clone it."
+            )
+    elif not is_opaque("patch_sites_", activation.device.type, activation.dtype):
+        _patch_sites_in_place(activation, table, values, mode, is_checked)
+        return
+    torch.ops.fastlens.patch_sites_(activation, table, values, mode, is_checked)
+
+
 def _check(activation: Tensor, table: Tensor, values: Tensor | None, mode: str) -> None:
     if mode not in MODES:
         raise ShapeError(f"no mode {mode!r}: {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
@@ -93,11 +134,36 @@ def _check(activation: Tensor, table: Tensor, values: Tensor | None, mode: str) 
 
 _LIBRARY = torch.library.Library("fastlens", "FRAGMENT")
 _LIBRARY.define("patch_sites(Tensor activation, Tensor table, Tensor? values, str mode) -> Tensor")
+# Not "mode": torch passes an op that writes its arguments by name, beside a "mode" of its own.
+_LIBRARY.define(
+    "patch_sites_(Tensor(a!) activation, Tensor table, Tensor? values, str how, "
+    "bool is_checked=False) -> ()"
+)
 
 
 def _patch_sites(activation: Tensor, table: Tensor, values: Tensor | None, mode: str) -> Tensor:
     kernel = kernel_for("patch_sites", activation.device.type, activation.dtype)
     return kernel(activation, table, values, mode)
+
+
+def _patch_sites_in_place(
+    activation: Tensor, table: Tensor, values: Tensor | None, how: str, is_checked: bool = False
+) -> None:
+    if activation.requires_grad or (
+        values is not None and values.requires_grad and torch.is_grad_enabled()
+    ):
+        raise GradientError(
+            "patch_sites_ writes in place and passes no gradient on, and the activation or the "
+            "values require one. Use patch_sites, or give it activation.detach()."
+        )
+    kernel = kernel_for("patch_sites_", activation.device.type, activation.dtype)
+    kernel(activation, table, values, how, is_checked)
+
+
+def _fake_in_place(
+    activation: Tensor, table: Tensor, values: Tensor | None, how: str, is_checked: bool = False
+) -> None:
+    return None
 
 
 def _fake(activation: Tensor, table: Tensor, values: Tensor | None, mode: str) -> Tensor:
@@ -149,7 +215,9 @@ def _to_activation(
 
 
 _LIBRARY.impl("patch_sites", _patch_sites, "CompositeExplicitAutograd")
+_LIBRARY.impl("patch_sites_", _patch_sites_in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlens::patch_sites", _fake, lib=_LIBRARY)
+torch.library.register_fake("fastlens::patch_sites_", _fake_in_place, lib=_LIBRARY)
 torch.library.register_autograd(
     "fastlens::patch_sites", _backward, setup_context=_setup_context, lib=_LIBRARY
 )

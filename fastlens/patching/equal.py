@@ -1,7 +1,6 @@
 """Where a cached value is the run's own, so that patching it in changes nothing."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ def equality(
     """A test for each cache among the sources: at which positions a patch from it is null.
 
     Values count as equal bit by bit only. The prompts are run as the cache was made, the same
-    places looked at, so positions that see the same tokens have the same bits.
+    places kept, so positions that see the same tokens have the same bits.
 
-    Cost: one forward of ``tokens`` that keeps the activations that are patched.
+    Cost: one forward of ``tokens`` and the memory of each cache once more, while it is compared.
     """
     caches = {i: source for i, source in enumerate(sources) if source.kind == "cache"}
     sites = {
@@ -33,10 +32,10 @@ def equality(
     tests: dict[int, NullTest] = {}
     for number, source in caches.items():
         assert source.cache is not None
-        # What is looked at decides which products and which attention run, and so the last bits.
-        looks = [(name, _look) for name in source.cache.keys() if name in model.hook_dict]  # noqa: SIM118
-        with torch.no_grad(), model.hooks(fwd_hooks=looks):
-            _, own = model.run_with_cache(tokens, names_filter=list(sites))
+        # What is kept decides which products and which attention run, and so the last bits.
+        kept = [name for name in source.cache.keys() if name in model.hook_dict]  # noqa: SIM118
+        with torch.no_grad():
+            _, own = model.run_with_cache(tokens, names_filter=[*kept, *sites])
         equal = {
             name: _equal(source.cache[name], own[name], len(SITES[patch.site].axes))
             for name, patch in sites.items()
@@ -44,10 +43,6 @@ def equality(
         }
         tests[number] = _test(equal)
     return tests
-
-
-def _look(activation: Tensor, hook: Any) -> None:
-    """A hook that only makes its place be passed."""
 
 
 def _equal(cached: Tensor, own: Tensor, n_axes: int) -> np.ndarray:

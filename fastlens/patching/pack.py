@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fastlens.kernels.spans import Span
+
 
 @dataclass
 class Pack:
@@ -67,20 +69,6 @@ class Pack:
         mask = torch.zeros_like(self.own)
         mask[branch, pos] = True
         return mask
-
-
-@dataclass
-class Span:
-    """Branches whose rows ``start .. stop - 1`` are wanted.
-
-    Attributes:
-        branches: Which.
-        start, stop: Positions.
-    """
-
-    branches: Int[Tensor, " branch"]
-    start: int
-    stop: int
 
 
 def spans_of(wanted: Bool[Tensor, "branch pos"]) -> list[Span]:

@@ -73,6 +73,7 @@ class Wave:
         pack: Which packed row is whose, as of now.
         n_stems: Branches of base runs and other prompts, which come first.
         stem_of: The stem whose masks and positions are a branch's.
+        key_mask: Each branch's mask, False where a key is padding; or None.
         needed: Positions whose logits are read.
     """
 
@@ -87,6 +88,7 @@ class Wave:
     pack: Pack = field(init=False)
     n_stems: int = field(init=False, default=0)
     stem_of: Int[Tensor, " branch"] = field(init=False)
+    key_mask: Bool[Tensor, "branch pos"] | None = field(init=False, default=None)
     needed: Bool[Tensor, " pos"] = field(init=False)
 
     def run(self, use: ChunkUse, first_layer: int = 0) -> Final:
@@ -144,6 +146,8 @@ class Wave:
             torch.arange(len(example), device=device),
             example,
         )
+        mask = self.stem.key_mask
+        self.key_mask = None if mask is None else mask[self.stem_of, :n_pos]
         self.needed = torch.zeros(n_pos, dtype=torch.bool, device=device)
         self.needed[list(frame.needed)] = True
         if layer:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlens.errors import SweepError
+from fastlens.ops.patch_sites import patch_sites_
 from fastlens.patching.codes import PlacedCodes
 from fastlens.patching.pack import Pack
 from fastlens.patching.sites import PER_FEATURE
@@ -66,7 +67,8 @@ def patch_codes(layer: CodedLayer, name: str, codes: PlacedCodes, steps: Sequenc
     branch, pos = edit.branch[items], edit.pos[items]
     layer.own(layer.pack.mask(branch, pos))
     rows = layer.rows[name].flatten(1)
-    rows[layer.pack.table[branch, pos]] += change.to(rows)
+    places = layer.pack.table[branch, pos].unsqueeze(1)
+    patch_sites_(rows, places, change, "add", is_checked=True)
 
 
 @dataclass

@@ -19,17 +19,18 @@ from fastlens.components.rows import (
     result_of_heads,
 )
 from fastlens.kernels.reference import score_rows
-from fastlens.ops.attention import attention
+from fastlens.ops.patch_sites import patch_sites_
+from fastlens.ops.suffix_attention import suffix_attention
 from fastlens.patching.codes import PlacedCodes
-from fastlens.patching.pack import Pack, Span, regrouped, spans_of
+from fastlens.patching.pack import Pack, regrouped, spans_of
 from fastlens.patching.plan import Frame
 from fastlens.patching.sites import CHANGING_KEYS, SITES
 from fastlens.patching.sources import Source, applied
 from fastlens.patching.uses import ChunkUse, Entries
 from fastlens.patching.wave_codes import patch_codes
 
-# Keys and values that one piece of attention gathers, bytes.
-GATHER_BYTES = 24 * 2**20
+# Keys or values that some patched rows of patterns gather at a time, bytes.
+PATTERN_BYTES = 24 * 2**20
 # Hidden activations of one block of the MLP, bytes.
 HIDDEN_BYTES = 48 * 2**20
 
@@ -46,6 +47,7 @@ class Surroundings(Protocol):
     pack: Pack
     stem: Any
     stem_of: Int[Tensor, " branch"]
+    key_mask: Bool[Tensor, "branch pos"] | None
     needed: Bool[Tensor, " pos"]
 
 
@@ -125,7 +127,11 @@ class WaveLayer:
     def _new_value(
         self, site: str, entries: Entries, like: Tensor, read: Callable[[Tensor], Tensor]
     ) -> Any:
-        """The value the source gives; ``read(branches)`` are other branches' values there."""
+        """The value the source gives; ``read(branches)`` are other branches' values there.
+
+        Args:
+            like: Any number of values of the site.
+        """
         source = self.wave.sources[entries.value]
         branch, _, _ = self.place(entries)
         example = self.pack.example[branch]
@@ -189,10 +195,10 @@ class WaveLayer:
                 row = row if some is None else some[0][row]
                 return (row,) if column is None else (row, column)
 
-            where = at(branch)
-            old = rows[where]
-            new = self._new_value(site, entries, old, lambda of, at=at: rows[at(of)])
-            rows[where] = applied(old, new, entries.mode)
+            # Of what is patched, only the dtype and the lengths of its axes are asked for.
+            like = rows[:1] if column is None else rows[:1, 0]
+            new = self._new_value(site, entries, like, lambda of, at=at: rows[at(of)])
+            _write(rows, at(branch), new, entries.mode)
 
     def _patch_by_entry(
         self, site: str, value: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -303,16 +309,15 @@ class WaveLayer:
         spans = spans_of(outputs)
         seen = [self.frame.scores_between(span.start, span.stop) for span in spans]
         self.counts[4] = sum(n * len(s.branches) for n, s in zip(seen, spans, strict=True))
-        q, k, v = (self.rows[name].flatten(1) for name in ("q", "k", "v"))
+        q, k, v = (self.rows[name] for name in ("q", "k", "v"))
         before = pack.table
-        z = torch.cat([piece for s in spans for piece in self._attended(q, k, v, s)])
+        z = suffix_attention(q, k, v, before, spans, self.attn.rule, self.wave.key_mask)
         self.wave.pack, copied = regrouped(pack, spans, self.frame.batch)
         x = self.rows["x"].index_select(0, copied)
-        old = self.rows
-        self.rows = {"x": x, "z": z.unflatten(-1, (self.attn.cfg.n_heads, -1))}
+        self.rows = {"x": x, "z": z}
         self._join("attn_scores", "pattern")
         if self._entries("attn_scores") or self._entries("pattern"):
-            self._patch_pattern(old["q"], old["k"], old["v"], before)
+            self._patch_pattern(q, k, v, before)
 
     def _rows_after(self, in_stream: Tensor) -> Tensor:
         """Which rows attention changes: those whose query or stream changed, and all that see a
@@ -331,33 +336,6 @@ class WaveLayer:
         after = after | pack.own
         return after & self.wave.needed if self.is_last else after
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> list[Tensor]:
-        """Outputs of one span's rows ``[row, head * d_head]``, in pieces that bound the gather."""
-        frame, rule = self.frame, self.attn.rule
-        start, stop = span.start, span.stop
-        last = stop if frame.is_causal else frame.n_pos
-        first = 0 if rule.window is None else max(0, start - rule.window + 1)
-        each = 2 * (last - first) * k.shape[1] * k.element_size()
-        out = []
-        for branches in span.branches.split(max(1, GATHER_BYTES // each)):
-            n = len(branches)
-            table = self.pack.table[branches]
-            queries = table[:, start:stop].reshape(-1)
-            keys = table[:, first:last].reshape(-1)
-            mask = self.wave.stem.key_mask
-            if mask is not None:
-                mask = mask[self.wave.stem_of[branches], first:last]
-            z = attention(
-                q.index_select(0, queries).view(n, stop - start, -1, self.attn.cfg.d_head),
-                k.index_select(0, keys).view(n, last - first, -1, self.attn.cfg.d_head),
-                v.index_select(0, keys).view(n, last - first, -1, self.attn.cfg.d_head),
-                rule,
-                start - first,
-                mask,
-            )
-            out.append(z.reshape(n * (stop - start), -1))
-        return out
-
     def _patch_pattern(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
         """Rows of scores and patterns that are patched: made one by one, their z put in place.
 
@@ -366,17 +344,15 @@ class WaveLayer:
         """
         wave, rule, n_heads = self.wave, self.attn.rule, self.attn.cfg.n_heads
         group = n_heads // self.frame.n_kv_heads
-        key_mask = wave.stem.key_mask
-
         # Every entry gathers all keys of its head: so many at a time.
-        size = max(1, GATHER_BYTES // (table.shape[1] * k.shape[2] * k.element_size()))
+        size = max(1, PATTERN_BYTES // (table.shape[1] * k.shape[2] * k.element_size()))
 
         def scores(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
             parts = zip(*(t.split(size) for t in (branch, pos, head)), strict=True)
             return torch.cat([some_scores(*part) for part in parts])
 
         def some_scores(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
-            mask = None if key_mask is None else key_mask[wave.stem_of[branch], : table.shape[1]]
+            mask = None if wave.key_mask is None else wave.key_mask[branch]
             keys = _gathered(k, table[branch], head // group)
             return score_rows(q[table[branch, pos], head], keys, rule, pos, head, n_heads, mask)
 
@@ -518,6 +494,23 @@ class WaveLayer:
         if self.attn.cfg.use_normalization_before_and_after:
             out = normalized(block.ln2_post, out)
         return out
+
+
+def _write(rows: Tensor, where: tuple[Tensor, ...], new: Any, mode: str) -> None:
+    """Patch places of packed rows, each at most once, with a number or a value each.
+
+    Args:
+        where: The places' index along each of the first axes.
+    """
+    if not isinstance(new, Tensor):
+        if mode != "replace":
+            # Done here, where a number is not rounded to 16 bits before it is used.
+            new, mode = applied(rows[where], new, mode), "replace"
+        elif new == 0:
+            new, mode = None, "zero"
+        else:
+            new = rows.new_tensor(new)
+    patch_sites_(rows, torch.stack(where, 1), new, mode, is_checked=True)
 
 
 def _softmax(scores: Float[Tensor, "entry pos"]) -> Float[Tensor, "entry pos"]:

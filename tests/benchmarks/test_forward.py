@@ -97,3 +97,13 @@ def test_writing(record, tmp_path, monkeypatch):
     monkeypatch.setattr(forward, "read_results", lambda: record)
     forward.main(["--readme"])
     assert "GPT-2 small" in readme.read_text()
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no CUDA device here"):
+        forward.main(["--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        forward.main(["--device", "cuda", "--write"])
+    assert "python -m benchmarks" in capsys.readouterr().err

@@ -277,7 +277,7 @@ def test_the_real_model_is_left_out_where_it_is_not_installed(capsys, monkeypatc
     with monkeypatch.context() as missing:
         missing.setattr(sweep_cases.importlib.util, "find_spec", lambda name: None)
         assert sweep_cases.smollm2() is None
-    monkeypatch.setitem(sweep.MODELS, sweep_cases.REAL, lambda: None)
+    monkeypatch.setitem(sweep.MODELS, sweep_cases.REAL, lambda device: None)
     found = sweep.main(["--only", "smollm2", "--threads", str(torch.get_num_threads())])
     assert found is not None and found["rows"] == []
     assert "SmolLM2-135M is left out: its package is not installed" in capsys.readouterr().out
@@ -318,3 +318,13 @@ def test_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "with_table", lambda text, found: f"{text} {found is record}")
     assert sweep.main(["--readme"]) is None
     assert readme.read_text() == "text True"
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no CUDA device here"):
+        sweep.main(["--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        sweep.main(["--device", "cuda", "--write"])
+    assert "only what runs in this process is timed" in capsys.readouterr().err

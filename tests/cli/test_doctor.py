@@ -1,11 +1,14 @@
 """`fastlens doctor` tells what is here, and no secrets."""
 
 import importlib.metadata
+import importlib.util
 import re
 
+import pytest
 import torch
 
 from fastlens.cli import doctor
+from fastlens.kernels import compiled
 from fastlens.ops import dispatch
 
 
@@ -67,3 +70,78 @@ def test_json_holds_the_same(run_json):
     assert ops == set(dispatch.kernels())
     assert all(row["kernel"] for row in document["kernels"])
     assert document["versions"]["torch"] == torch.__version__
+
+
+def test_every_op_has_a_meaning():
+    assert set(doctor.MEANINGS) == set(dispatch.kernels())
+    assert all(0 < len(meaning) < 100 for meaning in doctor.MEANINGS.values())
+
+
+def rows_of(document):
+    return {(row["op"], row["dtype"]): row for row in document["kernels"]}
+
+
+def triton_is(monkeypatch, found):
+    def find_spec(name, package=None, real=importlib.util.find_spec):
+        return found if name == "triton" else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+def test_a_gpu_that_is_not_here(run, run_json, monkeypatch):
+    """What a CUDA device would get, and what it would get with triton and the CUDA module."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    triton_is(monkeypatch, None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
+    monkeypatch.setenv("FASTLENS_TRITON", "1")
+    rows = rows_of(run_json("doctor", "--device", "cuda"))
+    assert {op for op, _ in rows} == set(dispatch.kernels())
+    row = rows["attention", "float32"]
+    assert row["device"] == "cuda (compute 9.0, supposed)"
+    assert row["kernel"] == dispatch.explain("attention", "cuda").kernel
+    assert row["refused"] == {"triton attention": "triton is not installed"}
+    assert row["not_run_on_a_gpu"] == ["triton attention"]
+    assert "was not built" in rows["capture", "bfloat16"]["refused"]["CUDA C++ capture"]
+
+    triton_is(monkeypatch, object())
+    monkeypatch.setattr(compiled, "module", lambda: object())
+    rows = rows_of(run_json("doctor", "--device", "cuda"))
+    assert rows["attention", "float32"]["kernel"] == "triton attention"
+    assert rows["capture", "bfloat16"]["kernel"] == "CUDA C++ capture"
+    for row in rows.values():
+        gpu = any(k.name == row["kernel"] and k.is_for_gpus for k in dispatch.kernels()[row["op"]])
+        assert gpu == (row["kernel"] in row["not_run_on_a_gpu"])
+
+    code, out, err = run("doctor", "--device", "cuda", "--capability", "7.5")
+    assert code == 0, err
+    said = "not triton attention (not run on a GPU): the GPU's compute capability is 7.5, below 8.0"
+    assert said in out and "cuda (compute 7.5, supposed)" in out
+    assert "CUDA C++ capture (not run on a GPU)" in out
+
+
+def test_a_device_that_is_here_is_taken_as_it_is(run_json, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    triton_is(monkeypatch, object())
+    rows = doctor.kernels("cuda")
+    assert {row["device"] for row in rows} == {"cuda"}
+    (row,) = (row for row in rows if (row["op"], row["dtype"]) == ("attention", "float32"))
+    assert "capability is 7.0" in row["refused"]["triton attention"]
+    assert {row["device"] for row in doctor.kernels("cpu")} == {"cpu"}
+    assert {row["device"] for row in doctor.kernels("cuda", "9.0")} == {
+        "cuda (compute 9.0, supposed)"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "mps"], "kernels are for cpu or cuda"),
+        (["--capability", "9.0"], "add --device cuda"),
+        (["--device", "cuda", "--capability", "sm_90"], "write it as 8.0 or 9.0"),
+    ],
+)
+def test_options_that_make_no_sense(run, options, said):
+    code, _, err = run("doctor", *options)
+    assert code != 0 and said in err

@@ -51,12 +51,17 @@ def guarded(tensor: torch.Tensor, *, at_start: bool = False) -> torch.Tensor:
 
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """``torch.empty`` and ``torch.empty_like`` give guarded tensors full of NaN."""
+    """``torch.empty`` and ``torch.empty_like`` give guarded tensors full of NaN.
+
+    Of integers: full of the largest.
+    """
     empty, empty_like = torch.empty, torch.empty_like
 
     def poisoned(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
+        elif tensor.dtype != torch.bool:
+            tensor.fill_(torch.iinfo(tensor.dtype).max)
         return guarded(tensor) if tensor.numel() else tensor
 
     def guarded_empty(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -75,13 +75,27 @@ def arithmetic(block: "Block", i: Instruction) -> None:
             values = [numbers.flush(value) for value in values]
         out = np.asarray(FLOAT[i.name](*values), np.float32)
         block.write(i.operands[0], numbers.flush(out) if "ftz" in i.op else out)
-    elif i.name in ("mul", "mad"):
+    elif i.type.removesuffix("x2") in _ROUND_TO_16:
+        _in_16_bits(block, i)
+    elif i.name in ("mul", "mad") and i.type[0] in "su":
         _multiply(block, i)
     elif i.type[0] in "su":
         out = INTEGER[i.name](*(block.read(x, i.type) for x in i.operands[1:]))
         block.write(i.operands[0], out)
     else:
         raise PtxError(f"not known: {i.text}")
+
+
+def _in_16_bits(block: "Block", i: Instruction) -> None:
+    """Each result of 16-bit floats rounded once; of the packed types, both halves alike."""
+    kind, bits = i.type.removesuffix("x2"), 32 if i.type.endswith("x2") else 16
+    if i.name not in ("add", "sub", "mul", "fma", "min", "max", "neg", "abs") or "ftz" in i.op:
+        raise PtxError(f"not known: {i.text}")
+    given = [np.broadcast_to(block.read(x, f"u{bits}"), block.n) for x in i.operands[1:]]
+    halves = [_FROM_16[kind](np.ascontiguousarray(x).view(np.uint16)) for x in given]
+    function = (lambda a, b, c: a * b + c) if i.name == "fma" else FLOAT[i.name]
+    out = _ROUND_TO_16[kind](function(*(x.astype(np.float64) for x in halves)))
+    block.write(i.operands[0], out.view(UNSIGNED[bits]))
 
 
 def _multiply(block: "Block", i: Instruction) -> None:
@@ -200,12 +214,13 @@ _TYPE = re.compile(r"bf16x2|f16x2|bf16|f16|f32|f64|[sub]\d+")
 _ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _TO_16 = {"bf16": numbers.to_bf16, "f16": numbers.to_f16}
 _FROM_16 = {"bf16": numbers.from_bf16, "f16": numbers.from_f16}
+_ROUND_TO_16 = {"bf16": numbers.round_to_bf16, "f16": numbers.round_to_f16}
 
 
 def convert(block: "Block", i: Instruction) -> None:
-    """cvt between integers, float32, float16 and bfloat16."""
+    """cvt between integers, float32, float16 and bfloat16, and to float64."""
     target, source = [part for part in i.op[1:] if _TYPE.fullmatch(part)]
-    if "sat" in i.op or "f64" in (target, source):
+    if "sat" in i.op or source == "f64":
         raise PtxError(f"not known: {i.text}")
     if target in ("bf16x2", "f16x2"):
         high, low = (_TO_16[target[:-2]](block.read(x, "f32")) for x in i.operands[1:3])
@@ -220,6 +235,8 @@ def convert(block: "Block", i: Instruction) -> None:
 
 
 def _converted(value: np.ndarray, target: str, i: Instruction) -> np.ndarray:
+    if target == "f64":
+        return value.astype(np.float64)
     if target in _TO_16 or target == "f32":
         if value.dtype == np.float32 and target != "f32" and "rn" not in i.op:
             raise PtxError(f"not known: {i.text}")

@@ -1,4 +1,4 @@
-"""Instructions that the 32 threads of a warp run together: shuffles and matrix products.
+"""Instructions that the 32 threads of a warp run together: shuffles, sums, matrix products.
 
 The lane layouts are those of the PTX ISA's tables. Triton's compiler was written from the same
 tables by others, so a kernel that comes out right is a check on both.
@@ -47,6 +47,27 @@ def shuffle(block: "Block", i: Instruction) -> None:
     block.write(target, np.take_along_axis(value, source, 1).reshape(-1))
     if in_range:
         block.write(in_range, inside.reshape(-1))
+
+
+REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+def reduce_lanes(block: "Block", i: Instruction) -> None:
+    """redux.sync: over the lanes that a lane's mask names, itself among them."""
+    _require_whole_warps(block, i)
+    kind = i.type.replace("b", "u")
+    value = np.broadcast_to(block.read(i.operands[1], kind), block.n).reshape(-1, 32)
+    members = np.broadcast_to(block.read(i.operands[2], "u32"), block.n).reshape(-1, 32)
+    out = np.empty_like(value)
+    for warp, lane in np.ndindex(*value.shape):
+        named = members[warp, lane] >> LANE.astype(np.uint32) & 1 == 1
+        if not named[lane] or (members[warp, named] != members[warp, lane]).any():
+            raise PtxError(f"lanes that do not agree who reduces: {i.text}")
+        out[warp, lane] = REDUCTIONS[i.op[2]].reduce(value[warp, named])
+    block.write(i.operands[0], out.reshape(-1))
 
 
 def load_matrix(block: "Block", i: Instruction) -> None:
@@ -100,4 +121,4 @@ def multiply_matrices(block: "Block", i: Instruction) -> None:
         block.write(register, np.ascontiguousarray(value).reshape(-1))
 
 
-STEPS = {"shfl": shuffle, "ldmatrix": load_matrix, "mma": multiply_matrices}
+STEPS = {"shfl": shuffle, "redux": reduce_lanes, "ldmatrix": load_matrix, "mma": multiply_matrices}

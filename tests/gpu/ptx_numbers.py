@@ -29,6 +29,25 @@ def to_f16(values: np.ndarray) -> np.ndarray:
         return np.asarray(values, np.float32).astype(np.float16).view(np.uint16)
 
 
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float64 to uint16 patterns with one rounding."""
+    values = np.asarray(values, np.float64)
+    with np.errstate(over="ignore"):
+        near = values.astype(np.float32)
+    # Towards zero with the last bit set where inexact: the second rounding then decides as one.
+    below = np.where(np.abs(near.astype(np.float64)) > np.abs(values), np.nextafter(near, 0), near)
+    below = np.ascontiguousarray(below, np.float32)
+    is_exact = (below.astype(np.float64) == values) | np.isnan(values)
+    odd = (below.view(np.uint32) | np.where(is_exact, 0, 1).astype(np.uint32)).view(np.float32)
+    return to_bf16(odd)
+
+
+def round_to_f16(values: np.ndarray) -> np.ndarray:
+    """float64 to uint16 patterns with one rounding."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float64).astype(np.float16).view(np.uint16)
+
+
 def flush(values: np.ndarray) -> np.ndarray:
     """``.ftz``: subnormal numbers are zero."""
     tiny = np.abs(values) < np.finfo(np.float32).tiny

@@ -95,6 +95,64 @@ def test_conversions_round_as_torch(dtype):
     assert torch.equal(x, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_arithmetic_in_16_bits_rounds_once(dtype):
+    """Against float64, which holds each product and most sums exactly."""
+    name = "bf16" if dtype == torch.bfloat16 else "f16"
+    halves = torch.cat([torch.randn(56), torch.tensor([0.0, -0.0, 1e-6, 3e4, 6e4, 1.0, 257, 2049])])
+    x, y, z = (halves[torch.randperm(64)].to(dtype) for _ in range(3))
+    for line, expected in {
+        "add.rn": x.double() + y.double(),
+        "mul.rn": x.double() * y.double(),
+        "fma.rn": x.double() * y.double() + z.double(),
+        "max": torch.maximum(x, y).double(),
+    }.items():
+        third = ", %rs3" if line == "fma.rn" else ""
+        body = f"""
+        mul.wide.u32 %rd4, %r2, 2;
+        add.s64 %rd5, %rd1, %rd4;
+        ld.global.b16 %rs1, [%rd5];
+        ld.global.b16 %rs2, [%rd5+128];
+        ld.global.b16 %rs3, [%rd5+256];
+        {line}.{name} %rs4, %rs1, %rs2{third};
+        st.global.b16 [%rd5], %rs4;
+        {line}.{name}x2 %r4, %r2, %r2{", %r2" if third else ""};
+        """
+        memory = torch.cat([x, y, z])
+        run(body, memory)
+        wanted = torch.from_numpy(expected.numpy())
+        # numpy and torch round float64 to 16 bits by way of float32, if at all.
+        found, near = memory[:64].double(), wanted.to(dtype).double()
+        assert bool((found - wanted).abs().le((near - wanted).abs()).logical_or(near.isinf()).all())
+        assert torch.equal(found.isinf(), near.isinf())
+
+
+def test_a_product_in_16_bits_is_not_one_of_integers():
+    """1.5 * 2 in both halves of a register; and what is not known is refused."""
+    out = torch.zeros(64, dtype=torch.int32)
+    body = "mov.b32 %r4, {};\nmov.b32 %r5, {};\n{} %r6, %r4, %r5;\nst.global.b32 [%rd3], %r6;\n"
+    run(body.format("0x3E003E00", "0x40004000", "mul.f16x2"), out)
+    assert out[0] == 0x42004200
+    run(body.format("0x3FC03FC0", "0x40004000", "mul.bf16x2"), out)
+    assert out[0] == 0x40404040
+    with pytest.raises(PtxError, match="not known: div"):
+        run(body.format("1", "1", "div.rn.f16x2"), out)
+
+
+def test_float64_is_only_stored():
+    out = torch.zeros(64, dtype=torch.float64)
+    body = """
+    mul.wide.u32 %rd4, %r2, 8;
+    add.s64 %rd5, %rd1, %rd4;
+    cvt.rn.f32.u32 %r4, %r2;
+    mul.f32 %r4, %r4, 0f3DCCCCCD;
+    cvt.f64.f32 %rd6, %r4;
+    st.global.b64 [%rd5], %rd6;
+    """
+    run(body, out)
+    assert torch.equal(out, (torch.arange(64) * torch.tensor(0.1)).double())
+
+
 def test_a_butterfly_sum_over_a_warp():
     body = "mov.b32 %r4, %r2;\n" + "".join(
         f"shfl.sync.bfly.b32 %r5, %r4, {step}, 31, -1;\nadd.s32 %r4, %r4, %r5;\n"
@@ -103,6 +161,23 @@ def test_a_butterfly_sum_over_a_warp():
     out = torch.zeros(64, dtype=torch.int32)
     run(body + "st.global.b32 [%rd3], %r4;\n", out)
     assert set(out[:32].tolist()) == {496} and set(out[32:].tolist()) == {496 + 1024}
+
+
+def test_a_sum_over_the_lanes_of_a_mask():
+    out = torch.zeros(64, dtype=torch.int32)
+    run("redux.sync.add.s32 %r4, %r2, -1;\nst.global.b32 [%rd3], %r4;\n", out)
+    assert set(out[:32].tolist()) == {496} and set(out[32:].tolist()) == {496 + 1024}
+    halves = """
+    and.b32 %r5, %r2, 16;
+    mov.b32 %r6, 0xFFFF;
+    shl.b32 %r6, %r6, %r5;
+    redux.sync.max.u32 %r4, %r2, %r6;
+    st.global.b32 [%rd3], %r4;
+    """
+    run(halves, out)
+    assert out.tolist() == [n // 16 * 16 + 15 for n in range(64)]
+    with pytest.raises(PtxError, match="do not agree who reduces"):
+        run("redux.sync.add.s32 %r4, %r2, %r2;\n", out)
 
 
 EXCHANGE = """

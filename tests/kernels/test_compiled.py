@@ -65,6 +65,16 @@ def test_dispatch_takes_it_on_a_gpu_only(op, built):
     assert on_cpu.kernel.startswith("reference") and on_gpu.kernel in on_cpu.refused
 
 
+def test_in_place_too(built):
+    assert dispatch.explain("patch_sites_", CUDA).kernel == "CUDA C++ patch_sites_"
+    assert "CUDA C++ patch_sites_" in dispatch.explain("patch_sites_", CPU).refused
+
+
+@pytest.mark.parametrize("op", [*OPS, "patch_sites_"])
+def test_it_is_called_through_the_registered_op(op):
+    assert all(k.is_opaque for k in dispatch.kernels()[op] if k.name.startswith("CUDA C++"))
+
+
 def test_what_is_needed_of_a_device_costs_nothing_on_the_cpu():
     x = torch.zeros(1)
     assert compiled.stream(x) == 0

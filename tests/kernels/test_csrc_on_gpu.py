@@ -8,6 +8,7 @@ from fastlens.kernels.cuda_capture import capture
 from fastlens.kernels.cuda_capture_int8 import capture_int8
 from fastlens.kernels.cuda_dequantize import dequantize
 from fastlens.kernels.cuda_patch_sites import patch_sites
+from fastlens.kernels.cuda_patch_sites_in_place import patch_sites_
 from fastlens.kernels.reference_packed import FORMATS
 from tests.close import assert_no_worse
 
@@ -48,6 +49,19 @@ def test_patch_sites(dtype, mode, d):
         assert_no_worse(found, expected, truth)
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_contiguous", [True, False])
+@pytest.mark.parametrize("is_on_gpu", [True, False])
+def test_patch_sites_in_place(dtype, is_contiguous, is_on_gpu):
+    x, sites = activation(dtype), table(333)
+    x = x.contiguous() if is_contiguous else x
+    values = torch.randn(333, 129).to(dtype)
+    expected = reference.patch_sites(x, sites, values, "add")
+    patched = x.cuda()
+    patch_sites_(patched, sites.cuda() if is_on_gpu else sites, values.cuda(), "add", is_on_gpu)
+    assert torch.equal(patched.cpu(), expected)
 
 
 @pytest.mark.parametrize("of", DTYPES, ids=str)

@@ -5,12 +5,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastlens.errors import SiteError
+from fastlens.errors import ShapeError, SiteError
 from fastlens.kernels import compiled, reference
 from fastlens.kernels.cuda_capture import capture
 from fastlens.kernels.cuda_capture_int8 import capture_int8
 from fastlens.kernels.cuda_dequantize import dequantize
 from fastlens.kernels.cuda_patch_sites import patch_sites
+from fastlens.kernels.cuda_patch_sites_in_place import block_length, patch_sites_
 from fastlens.kernels.reference_packed import FORMATS
 from tests.kernels.launchers_in_python import PythonLaunchers
 
@@ -64,6 +65,50 @@ def test_patch_sites(launchers, data):
         values = values[0] if given[0] == 1 and data.draw(st.booleans()) else values
     found = patch_sites(x, table, values, mode)
     assert torch.equal(found, reference.patch_sites(x, table, values, mode))
+
+
+@given(data=st.data())
+@any_case
+def test_patch_sites_in_place(launchers, data):
+    """Of any strides: by the launcher where it can, else by torch's indexing."""
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    width = data.draw(st.integers(1, len(shape)))
+    dtype, mode = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(MODES))
+    x, table = strided(data.draw, shape, dtype), sites(data.draw, shape[:width])
+    x = x.contiguous() if data.draw(st.booleans()) else x
+    values = None
+    if mode == "mean":
+        # A part of the activation itself, or something else.
+        values = x if data.draw(st.booleans()) else strided(data.draw, [3, *shape[1:]], dtype)
+    elif mode != "zero":
+        values = strided(data.draw, [len(table), *shape[width:]], dtype)
+    expected = reference.patch_sites(x, table, values, mode)
+    launchers.calls.clear()
+    patch_sites_(x, table, values, mode, data.draw(st.booleans()))
+    assert torch.equal(x, expected)
+    is_launched = block_length(x, width) is not None and len(table) > 0
+    assert launchers.calls == ["patch_sites"] * is_launched
+
+
+def test_in_place_by_one_launch_where_blocks_lie_in_steps_of_their_length(launchers):
+    x = torch.randn(3, 5, 2, 4)
+    assert [block_length(x, width) for width in (1, 2, 3, 4)] == [40, 8, 4, 1]
+    # Leading axes may be transposed or sliced, and queries beside keys and values.
+    assert block_length(x.transpose(0, 1)[1:, ::2], 2) == 8
+    assert block_length(torch.randn(3, 5, 3, 2, 4)[:, :, 1], 2) == 8
+    # A block with gaps, and blocks that start elsewhere than at multiples of their length.
+    assert block_length(x[..., :3], 2) is None and block_length(x.transpose(2, 3), 2) is None
+    assert block_length(torch.randn(3, 5, 7)[..., 1:5], 2) is None
+    assert block_length(torch.randn(3, 5, 0), 2) == 0
+    patch_sites_(x.transpose(0, 1), torch.tensor([[4, 2]]), torch.ones(2, 4), "replace", True)
+    assert launchers.calls == ["patch_sites"] and x[2, 4].eq(1).all() and not x[2, 3].eq(1).any()
+
+
+def test_in_place_refuses_places_that_are_one(launchers):
+    x, table = torch.zeros(1, 4).expand(3, 4), torch.tensor([[1]])
+    with pytest.raises(ShapeError, match="one place in memory"):
+        patch_sites_(x, table, torch.ones(4), "replace", False)
+    assert launchers.calls == [] and not x.any()
 
 
 @given(data=st.data())

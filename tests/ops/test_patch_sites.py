@@ -1,12 +1,14 @@
-"""Patching by a table: each mode against its definition site by site, and what is refused."""
+"""Patching by a table, as a copy and in place: each mode site by site, and what is refused."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlens.errors import ShapeError, SiteError
-from fastlens.ops.patch_sites import MODES, _check, patch_sites
+from fastlens.errors import GradientError, ShapeError, SiteError
+from fastlens.kernels import reference
+from fastlens.ops import dispatch
+from fastlens.ops.patch_sites import MODES, _check, patch_sites, patch_sites_
 from tests.close import assert_close_to
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -217,3 +219,143 @@ def test_traced_whole():
     assert torch.equal(traced(x, table), run(x, table))
     with pytest.raises(SiteError):
         traced(x, table + 2)
+
+
+# -- in place --------------------------------------------------------------------------------------
+
+each_mode = pytest.mark.parametrize("mode", MODES)
+trusted = pytest.mark.parametrize("is_checked", [False, True])
+
+
+@each_mode
+@trusted
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_is_the_copy_to_the_bit(mode, width, is_checked, dtype):
+    x = torch.randn(*SHAPE).to(dtype)
+    table = some_sites(SHAPE[:width], 3)
+    values = values_for(mode, 3, SHAPE, width)
+    expected = patch_sites(x, table, values, mode)
+    pointer = x.data_ptr()
+    assert patch_sites_(x, table, values, mode, is_checked) is None
+    assert x.data_ptr() == pointer
+    if mode == "mean":
+        # The samples may be summed in another order.
+        assert_close_to(x, expected, atol=4 * torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(x, expected)
+    y = patch_sites(torch.zeros_like(x), table, values, mode)
+    reference.patch_sites_(z := torch.zeros_like(x), table, values, mode, is_checked)
+    assert torch.equal(y, z)
+
+
+@each_mode
+@trusted
+def test_in_place_writes_into_any_strides_and_nowhere_else(mode, is_checked):
+    big = torch.randn(5, 3, 2, 9)
+    before = big.clone()
+    x = big.transpose(0, 1)[..., 2:6]
+    table = torch.tensor([[1, 4, 0], [2, 0, 1]], dtype=torch.int32)
+    values = values_for(mode, 2, x.shape, 3)
+    expected = patch_sites(x, table, values, mode)
+    patch_sites_(x, table, values, mode, is_checked)
+    assert torch.equal(x, expected)
+    inside = torch.zeros_like(big, dtype=torch.bool)
+    inside.transpose(0, 1)[..., 2:6][tuple(table.long().T)] = True
+    assert torch.equal(big[~inside], before[~inside])
+
+
+@trusted
+def test_in_place_values_are_broadcast_and_there_may_be_no_site(is_checked):
+    table = some_sites(SHAPE[:3], 5)
+    for values in (torch.randn(4), torch.randn(5, 1), torch.tensor(2.0), torch.randn(1, 4)):
+        x = torch.randn(*SHAPE)
+        expected = patch_sites(x, table, values, "scale")
+        patch_sites_(x, table, values, "scale", is_checked)
+        assert torch.equal(x, expected)
+    before = x.clone()
+    patch_sites_(x, table[:0], values[0], "add", is_checked)
+    assert torch.equal(x, before)
+
+
+@each_mode
+def test_opcheck_in_place(mode):
+    table = some_sites(SHAPE[:2], 3)
+    for is_checked in (False, True):
+        arguments = torch.randn(*SHAPE), table, values_for(mode, 3, SHAPE, 2), mode, is_checked
+        torch.library.opcheck(torch.ops.fastlens.patch_sites_.default, arguments)
+
+
+@trusted
+def test_in_place_passes_no_gradient_on(is_checked):
+    table = torch.tensor([[0, 1]])
+    for x, values in (
+        (torch.randn(*SHAPE, requires_grad=True), torch.zeros(2, 4)),
+        (torch.randn(*SHAPE), torch.zeros(2, 4, requires_grad=True)),
+    ):
+        with pytest.raises(GradientError, match="passes no gradient on"):
+            patch_sites_(x, table, values, "replace", is_checked)
+        with pytest.raises(GradientError, match="passes no gradient on"):
+            torch.ops.fastlens.patch_sites_(x, table, values, "replace")
+    with torch.no_grad():
+        patch_sites_(x, table, values, "replace", is_checked)
+    assert not x.requires_grad and not x[0, 1].any()
+
+
+def test_in_place_refuses_what_the_copy_refuses_and_writes_nothing():
+    x = torch.randn(3, 5, 2)
+    before = x.clone()
+    with pytest.raises(SiteError, match=r"site 1 of the table .* \[3, 5\] places"):
+        patch_sites_(x, torch.tensor([[0, 0], [0, 5]]), torch.zeros(2))
+    with pytest.raises(SiteError, match="sites 0 and 1 of the table are both"):
+        patch_sites_(x, torch.tensor([[0, 0], [0, 0]]), None, "zero")
+    with pytest.raises(ShapeError, match="takes no values"):
+        patch_sites_(x, torch.tensor([[0, 0]]), torch.zeros(2), "zero")
+    with pytest.raises(ShapeError, match=r"share memory \(strides \[0, 2, 1\]\).*Clone it"):
+        patch_sites_(x[:1].expand(3, 5, 2), torch.tensor([[0, 0]]), torch.zeros(2))
+    assert torch.equal(x, before)
+
+
+def test_a_trusted_table_is_neither_sorted_nor_read():
+    """No check of the sites is made, whose cost would be felt at every patch of a sweep."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name().split("::")[1].split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    x, table, values = torch.randn(*SHAPE), some_sites(SHAPE[:2], 3), torch.zeros(3, 2, 4)
+    with Recorded():
+        patch_sites_(x, table, values, "replace", True)
+    assert called == ["unbind", "index_put_"]
+
+
+def test_an_opaque_kernel_in_place_is_called_through_the_registered_op(monkeypatch):
+    key = "patch_sites_", "cpu", torch.float32
+    dispatch.kernel_for(*key)
+    monkeypatch.setattr(dispatch, "_OPAQUE", {key})
+    seen = []
+    monkeypatch.setitem(dispatch._CHOSEN, key, lambda *given: seen.append(given[2:]))
+    patch_sites_(torch.randn(*SHAPE), torch.tensor([[1]]), None, "zero", True)
+    assert seen == [(None, "zero", True)]
+
+
+def test_in_place_under_a_fake_gpu_and_traced_whole():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, device="cuda")
+        table = torch.zeros(1, 2, dtype=torch.long)
+        assert torch.ops.fastlens.patch_sites_(x, table, None, "zero") is None
+
+    def run(x, table):
+        y = x * 2
+        torch.ops.fastlens.patch_sites_(y, table, torch.ones(2), "add")
+        return y + 1
+
+    traced = torch.compile(run, backend="aot_eager", fullgraph=True)
+    x, table = torch.randn(3, 5, 2), torch.tensor([[0, 1], [2, 4]])
+    assert torch.equal(traced(x, table), run(x, table))

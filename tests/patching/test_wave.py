@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastlens.errors import SweepError
+from fastlens.kernels import torch_suffix_attention
 from fastlens.patching import Patch, sweep
 from fastlens.patching import wave_layer as layers_of_wave
 from fastlens.patching.sites import available_sites
@@ -149,7 +150,8 @@ def test_streams_kept_between_chunks_begin_where_a_chunk_does(monkeypatch):
 def test_blocks_of_the_mlp_and_pieces_of_attention(name, monkeypatch):
     """With tiny blocks, patched rows and the source rows that they read are in other blocks."""
     monkeypatch.setattr(layers_of_wave, "HIDDEN_BYTES", 1)
-    monkeypatch.setattr(layers_of_wave, "GATHER_BYTES", 1)
+    monkeypatch.setattr(layers_of_wave, "PATTERN_BYTES", 1)
+    monkeypatch.setattr(torch_suffix_attention, "GATHER_BYTES", 1)
     model = ours(name, dtype=torch.float64)
     clean, corrupted = pairs(3, N_POS)
     sites = [s for s in available_sites(model.cfg, model.hook_dict) if s.startswith("mlp")]

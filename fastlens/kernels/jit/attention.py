@@ -1,4 +1,4 @@
-"""Fused attention, and single rows of its pattern, as Triton kernels. Not run on a GPU."""
+"""Fused attention, and single rows of its pattern, in Triton. Not run on a GPU."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """To float32's precision near zero too, where ``1 - 2 / (exp(2 x) + 1)`` cancels."""
     size = tl.abs(x)
     # The short odd polynomial of Cephes' tanhf, which is meant for |x| < 0.625.
@@ -23,17 +23,19 @@ def _tanh(x):
 
 
 @triton.jit
-def _masked_scores(
-    products, query_pos, key_pos, n_keys, scale, soft_cap, slope, window, kept,
+def masked_scores(
+    products, query_pos, key_pos, n_keys, scale, soft_cap, slope, window, kept, bias,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Scores in nats from ``q . k``; minus infinity where a key is not visible."""
     scores = products * scale
     if SOFT_CAP:
-        scores = soft_cap * _tanh(scores / soft_cap)
+        scores = soft_cap * tanh(scores / soft_cap)
     if ALIBI:
         scores += slope * tl.minimum(key_pos - query_pos, 0).to(tl.float32)
+    if BIAS:
+        scores += bias
     visible = key_pos < n_keys
     if CAUSAL:
         visible = visible & (key_pos <= query_pos)
@@ -45,16 +47,31 @@ def _masked_scores(
 
 
 @triton.jit
+def weighed(scores, highest, total):
+    """One more block of scores (of base 2) in the softmax statistics of its rows.
+
+    Returns: its weights, the factor that what was summed before shrinks by, the new statistics.
+    """
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    # A row that has seen no key yet: anything finite, so that no inf - inf arises.
+    safe = tl.where(new_highest == -float("inf"), 0.0, new_highest)
+    weights = tl.math.exp2(scores - safe[:, None])
+    shrink = tl.math.exp2(highest - safe)
+    return weights, shrink, new_highest, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
 def attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_mask_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_mask_ptr, slopes_ptr, bias_ptr,
     stride_q_b, stride_q_m, stride_q_h, stride_q_d,
     stride_k_b, stride_k_n, stride_k_h, stride_k_d,
     stride_v_b, stride_v_n, stride_v_h, stride_v_d,
     stride_out_b, stride_out_m, stride_out_h,
     stride_mask_b, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     n_heads, group_size, n_queries, n_keys, offset, window, scale, soft_cap,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, BIAS: tl.constexpr,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head of one example, over every key they see."""
@@ -113,18 +130,22 @@ def attention_fwd_kernel(
                 mask=is_key,
                 other=0,
             )[None, :].to(tl.int1)
-        scores = _masked_scores(
+        bias = 0.0
+        if BIAS:
+            bias_block = bias_ptr + batch * stride_bias_b + head.to(tl.int64) * stride_bias_h
+            bias_block += first_row.to(tl.int64) * stride_bias_m
+            bias_block += tl.cast(first_key, tl.int64) * stride_bias_n
+            bias = tl.load(
+                bias_block + in_block[:, None] * stride_bias_m + column[None, :] * stride_bias_n,
+                mask=(row[:, None] < n_queries) & is_key[None, :],
+                other=0.0,
+            ).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        scores = masked_scores(
             tl.dot(q, k, input_precision="ieee"),
             query_pos[:, None], key_pos[None, :], n_keys, scale, soft_cap, slope, window, kept,
-            CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK,
+            bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
         )  # fmt: skip
-        scores *= LOG2_E
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen no key yet: anything finite, so that no inf - inf arises.
-        safe = tl.where(new_highest == -float("inf"), 0.0, new_highest)
-        weights = tl.math.exp2(scores - safe[:, None])  # [BLOCK_M, BLOCK_N]
-        shrink = tl.math.exp2(highest - safe)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, highest, total = weighed(scores * LOG2_E, highest, total)
         v_block = v_ptr + batch * stride_v_b + kv_head * stride_v_h
         v_block += tl.cast(first_key, tl.int64) * stride_v_n
         v = tl.load(
@@ -134,7 +155,6 @@ def attention_fwd_kernel(
         )  # [BLOCK_N, BLOCK_D]
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision="ieee")
-        highest = new_highest
 
     is_blind = total == 0.0
     divisor = tl.where(is_blind, 1.0, total)
@@ -152,38 +172,29 @@ def attention_fwd_kernel(
 
 
 @triton.jit
-def pattern_rows_kernel(
-    q_ptr, k_ptr, lse_ptr, sites_ptr, out_ptr, key_mask_ptr, slopes_ptr,
-    stride_q_b, stride_q_m, stride_q_h, stride_q_d,
+def row_scores(
+    q, k_ptr, key_mask_ptr, bias_ptr, slope,
     stride_k_b, stride_k_n, stride_k_h, stride_k_d,
     stride_mask_b, stride_mask_n,
-    n_heads, group_size, n_queries, n_keys, offset, window, scale, soft_cap,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    batch, head, row, first_key, group_size, n_keys, offset, window, scale, soft_cap,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, SCORES: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, BIAS: tl.constexpr,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys of one (example, head, query row) of the pattern or the scores."""
-    site = tl.program_id(0).to(tl.int64)
-    first_key = tl.program_id(1) * BLOCK_N
-    batch = tl.load(sites_ptr + site * 3)
-    head = tl.load(sites_ptr + site * 3 + 1)
-    row = tl.load(sites_ptr + site * 3 + 2)
-    kv_head = head // group_size
+    """Scores in nats of one query row on BLOCK_N keys from ``first_key`` on; products in float32.
+
+    ``batch``, ``head`` and ``row`` are int64.
+    """
     channel = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_N)
     key_pos = first_key + column
     is_key = key_pos < n_keys
-    is_channel = channel < D_HEAD
-    q = tl.load(
-        q_ptr + batch * stride_q_b + row * stride_q_m + head * stride_q_h + channel * stride_q_d,
-        mask=is_channel,
-        other=0.0,
-    ).to(tl.float32)
-    k_block = k_ptr + batch * stride_k_b + kv_head * stride_k_h
-    k_block += first_key.to(tl.int64) * stride_k_n
+    k_block = k_ptr + batch * stride_k_b + (head // group_size) * stride_k_h
+    k_block += tl.cast(first_key, tl.int64) * stride_k_n
     k = tl.load(
         k_block + column[:, None] * stride_k_n + channel[None, :] * stride_k_d,
-        mask=is_key[:, None] & is_channel[None, :],
+        mask=is_key[:, None] & (channel[None, :] < D_HEAD),
         other=0.0,
     ).to(tl.float32)  # [BLOCK_N, BLOCK_D]
     kept = is_key
@@ -193,17 +204,117 @@ def pattern_rows_kernel(
             mask=is_key,
             other=0,
         ).to(tl.int1)
+    bias = 0.0
+    if BIAS:
+        bias_row = bias_ptr + batch * stride_bias_b + head * stride_bias_h + row * stride_bias_m
+        bias = tl.load(
+            bias_row + key_pos.to(tl.int64) * stride_bias_n, mask=is_key, other=0.0
+        ).to(tl.float32)  # fmt: skip
+    return masked_scores(
+        tl.sum(k * q[None, :], 1),
+        (offset + row).to(tl.int32), key_pos, n_keys, scale, soft_cap, slope, window, kept,
+        bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+    )  # fmt: skip
+
+
+@triton.jit
+def pattern_rows_kernel(
+    q_ptr, k_ptr, lse_ptr, sites_ptr, out_ptr, key_mask_ptr, slopes_ptr, bias_ptr,
+    stride_q_b, stride_q_m, stride_q_h, stride_q_d,
+    stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+    stride_mask_b, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    n_heads, group_size, n_queries, n_keys, offset, window, scale, soft_cap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, BIAS: tl.constexpr,
+    SCORES: tl.constexpr, LSE_BY_SITE: tl.constexpr,
+    D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one (example, head, query row) of the pattern or the scores."""
+    site = tl.program_id(0).to(tl.int64)
+    first_key = tl.program_id(1) * BLOCK_N
+    batch = tl.load(sites_ptr + site * 3)
+    head = tl.load(sites_ptr + site * 3 + 1)
+    row = tl.load(sites_ptr + site * 3 + 2)
+    channel = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        q_ptr + batch * stride_q_b + row * stride_q_m + head * stride_q_h + channel * stride_q_d,
+        mask=channel < D_HEAD,
+        other=0.0,
+    ).to(tl.float32)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + head)
-    out = _masked_scores(
-        tl.sum(k * q[None, :], 1),
-        (offset + row).to(tl.int32), key_pos, n_keys, scale, soft_cap, slope, window, kept,
-        CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK,
+    out = row_scores(
+        q, k_ptr, key_mask_ptr, bias_ptr, slope,
+        stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+        stride_mask_b, stride_mask_n,
+        stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+        batch, head, row, first_key, group_size, n_keys, offset, window, scale, soft_cap,
+        CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+        D_HEAD, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     if not SCORES:
-        lse = tl.load(lse_ptr + (batch * n_heads + head) * n_queries + row)
+        if LSE_BY_SITE:
+            lse = tl.load(lse_ptr + site)
+        else:
+            lse = tl.load(lse_ptr + (batch * n_heads + head) * n_queries + row)
         # A row that sees no key has minus infinity here, and scores of minus infinity.
         lse = tl.where(lse == -float("inf"), 0.0, lse)
         out = tl.math.exp2((out - lse) * LOG2_E)
-    tl.store(out_ptr + site * n_keys + key_pos, out.to(out_ptr.dtype.element_ty), mask=is_key)
+    key_pos = first_key + tl.arange(0, BLOCK_N)
+    tl.store(
+        out_ptr + site * n_keys + key_pos, out.to(out_ptr.dtype.element_ty), mask=key_pos < n_keys
+    )
+
+
+@triton.jit
+def row_lse_kernel(
+    q_ptr, k_ptr, sites_ptr, lse_ptr, key_mask_ptr, slopes_ptr, bias_ptr,
+    stride_q_b, stride_q_m, stride_q_h, stride_q_d,
+    stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+    stride_mask_b, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    group_size, n_keys, offset, window, scale, soft_cap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, BIAS: tl.constexpr,
+    D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the log-sum-exp of the scores of one (example, head, query row)."""
+    site = tl.program_id(0).to(tl.int64)
+    batch = tl.load(sites_ptr + site * 3)
+    head = tl.load(sites_ptr + site * 3 + 1)
+    row = tl.load(sites_ptr + site * 3 + 2)
+    channel = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        q_ptr + batch * stride_q_b + row * stride_q_m + head * stride_q_h + channel * stride_q_d,
+        mask=channel < D_HEAD,
+        other=0.0,
+    ).to(tl.float32)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head)
+    # A row of a block of one, for the same arithmetic as the fused kernel's.
+    highest = tl.full([1], -float("inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    query_pos = (offset + row).to(tl.int32)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(0, query_pos - window + 1) // BLOCK_N * BLOCK_N
+    high = n_keys
+    if CAUSAL:
+        high = tl.minimum(n_keys, query_pos + 1)
+    for first_key in range(low, high, BLOCK_N):
+        scores = row_scores(
+            q, k_ptr, key_mask_ptr, bias_ptr, slope,
+            stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+            stride_mask_b, stride_mask_n,
+            stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+            batch, head, row, first_key, group_size, n_keys, offset, window, scale, soft_cap,
+            CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+            D_HEAD, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+        _, _, highest, total = weighed(scores[None, :] * LOG2_E, highest, total)
+    is_blind = total == 0.0
+    lse = (highest + tl.math.log2(tl.where(is_blind, 1.0, total))) * LN_2
+    tl.store(lse_ptr + site + tl.arange(0, 1), tl.where(is_blind, -float("inf"), lse))

@@ -9,7 +9,7 @@ def rotary_fwd_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr,
     stride_x_b, stride_x_p, stride_x_h, stride_x_d,
     stride_cos_b, stride_cos_p, stride_cos_d, stride_sin_b, stride_sin_p, stride_sin_d,
-    n_pos, n_heads, d_head, half, sign,
+    n_pos, n_heads, d_head, half,
     ADJACENT: tl.constexpr, PASSING: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASSING: tl.constexpr,
 ):  # fmt: skip
@@ -37,8 +37,8 @@ def rotary_fwd_kernel(
     cos_b = tl.load(cos_row + second * stride_cos_d, mask=is_pair, other=0.0).to(tl.float32)
     sin_a = tl.load(sin_row + first * stride_sin_d, mask=is_pair, other=0.0).to(tl.float32)
     sin_b = tl.load(sin_row + second * stride_sin_d, mask=is_pair, other=0.0).to(tl.float32)
-    turned_a = a * cos_a[None, :] - sign * b * sin_a[None, :]
-    turned_b = b * cos_b[None, :] + sign * a * sin_b[None, :]
+    turned_a = a * cos_a[None, :] - b * sin_a[None, :]
+    turned_b = b * cos_b[None, :] + a * sin_b[None, :]
     tl.store(out_row + first[None, :], turned_a.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out_row + second[None, :], turned_b.to(out_ptr.dtype.element_ty), mask=inside)
     if PASSING:

@@ -49,7 +49,6 @@ def test_tails(n_queries, n_keys, dtype):
 @pytest.mark.parametrize("rule", RULES)
 def test_queries_beyond_the_keys(rule):
     interpreted(guarded_attention, n_queries=80, n_keys=3, rule=rule)
-    interpreted(check_gradients, rule=rule, dtype=torch.float32, n_keys=3)
 
 
 @pytest.mark.parametrize("strides", ["sliced", "transposed"])
@@ -84,72 +83,96 @@ def test_a_long_odd_size():
     interpreted(check_1000_tokens)
 
 
-def check_gradients(rule, dtype, n_keys=45):
-    from fastlens.kernels import triton_attention
-
-    triton_attention.ROWS_PER_BLOCK = 16
-    given = inputs(40, n_keys, 4, 2, 16, dtype, "sliced")
-    rest = RULES[rule], max(0, n_keys - 40), padding(n_keys)
-    weight = torch.linspace(-1, 1, given[0].numel()).view(given[0].shape)
-
-    def gradients(attend, dtype):
-        leaves = [x.to(dtype).detach().requires_grad_() for x in given]
-        z = attend(*leaves, *rest)
-        return torch.autograd.grad((z * weight.to(dtype)).sum(), leaves)
-
-    truth = gradients(specified_without_blind_rows, torch.float64)
-    eager = gradients(specified_without_blind_rows, dtype)
-    for got, plain, want in zip(
-        gradients(triton_attention.attention, dtype), eager, truth, strict=True
-    ):
-        assert got.dtype == dtype
-        assert_no_worse(got, plain, want, factor=3, name=f"gradient, {rule}")
+BIASES = ["each", "of heads", "of examples", "shared"]
 
 
-def specified_without_blind_rows(q, k, v, rule, offset, mask):
-    """The softmax of a row without keys has no gradient, and NaN in plain PyTorch."""
-    scores = reference.attention_scores(q, k, rule, offset, mask)
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
-    pattern = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
-    return reference.attention_with_pattern(pattern, v)
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_biases(bias, dtype):
+    kwargs = {"bias": bias, "dtype": dtype, "heads": 4, "is_padded": bias == "each"}
+    interpreted(guarded_attention, **kwargs, n_queries=66, n_keys=75, d_head=20)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients(rule, dtype):
-    interpreted(check_gradients, rule=rule, dtype=dtype)
+def test_biases_under_rules(rule):
+    interpreted(guarded_attention, bias="each", rule=rule, n_queries=20, n_keys=41, is_padded=True)
 
 
 def check_edges():
-    from fastlens.errors import FastlensError
-    from fastlens.kernels import triton_attention as launcher
+    from fastlens.kernels.triton_attention import attention
+    from fastlens.kernels.triton_attention_lse import attention_lse
+    from fastlens.kernels.triton_attention_pattern_rows import attention_pattern_rows
 
     rule = AttentionRule(2.0)
     q, k, v = torch.randn(3, 1, 4, 2, 16).unbind(0)
-    leaf = q.clone().requires_grad_()
-    with pytest.raises(FastlensError, match="has no gradient"):
-        launcher.attention_with_lse(leaf, k, v, rule)
-    wide = torch.randn(1, 4, 2, 257)
-    expected = reference.attention(wide, wide, wide, rule)
-    assert_close_to(launcher.attention(wide, wide, wide, rule), expected)
-    with pytest.raises(FastlensError, match="at most 256"):
-        launcher.attention_with_lse(wide, wide, wide, rule)
-    _, lse = launcher.attention_with_lse(q, k, v, rule)
-    for site in ([0, 2, 0], [0, 0, 4], [1, 0, 0], [0, -1, 0]):
-        with pytest.raises(FastlensError, match="a site is outside"):
-            launcher.pattern_rows(q, k, lse, torch.tensor([site]), rule)
-    with pytest.raises(FastlensError, match="give int64"):
-        launcher.pattern_rows(q, k, lse, torch.tensor([[0, 0, 0]], dtype=torch.int32), rule)
+    # Wider heads than the kernel holds are PyTorch's.
+    wide, bias = torch.randn(1, 4, 2, 257), torch.randn(1, 2, 4, 4)
+    expected, expected_lse = reference.attention_lse(wide, wide, wide, rule, 0, None, bias)
+    assert_close_to(attention(wide, wide, wide, rule, 0, None, bias), expected)
+    assert_close_to(attention_lse(wide, wide, wide, rule, 0, None, bias)[1], expected_lse)
     none = torch.zeros(0, 3, dtype=torch.int64)
-    assert launcher.pattern_rows(q, k, lse, none, rule).shape == (0, 4)
+    assert attention_pattern_rows(q, k, rule, none).shape == (0, 4)
     no_keys = torch.zeros(1, 0, 2, 16)
-    z, lse = launcher.attention_with_lse(q, no_keys, no_keys, AttentionRule(2.0, causal=False))
+    z, lse = attention_lse(q, no_keys, no_keys, AttentionRule(2.0, causal=False))
     assert not z.any() and (lse == -torch.inf).all()
-    assert launcher.attention(q[:, :0], k, v, rule, 4).shape == (1, 0, 2, 16)
+    assert attention(q[:, :0], k, v, rule, 4).shape == (1, 0, 2, 16)
 
 
 def test_edges():
     interpreted(check_edges)
+
+
+def check_registered(rule, dtype):
+    """The public functions, where the kernels are those a GPU has."""
+    from fastlens.kernels.kernel import Kernel
+    from fastlens.ops import dispatch
+    from fastlens.ops.attention import attention
+
+    everywhere = {}
+    for op, kernels in dispatch.kernels().items():
+        of_triton = [k for k in kernels if k.name.startswith("triton")]
+        everywhere[op] = [
+            Kernel(k.op, k.name, k.fn, lambda *_: None, k.priority, k.is_opaque) for k in of_triton
+        ] or kernels
+    dispatch.kernels = lambda: everywhere
+    dispatch._CHOSEN.clear()
+    given = inputs(40, 45, 4, 2, 16, dtype, "sliced")
+    mask, bias = padding(45), torch.randn(1, 4, 40, 45).to(dtype)
+    weight = torch.linspace(-1, 1, given[0].numel()).view(given[0].shape)
+
+    def gradients(attend, dtype):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (*given, bias)]
+        z = attend(*leaves[:3], RULES[rule], 5, mask, leaves[3])
+        return torch.autograd.grad((z * weight.to(dtype)).sum(), leaves)
+
+    assert dispatch.is_opaque("attention", "cpu", dtype)
+    truth = gradients(reference.attention, torch.float64)
+    eager = gradients(reference.attention, dtype)
+    for got, plain, want in zip(gradients(attention, dtype), eager, truth, strict=True):
+        assert got.dtype == dtype
+        assert_no_worse(got, plain, want, factor=3, name=f"gradient, {rule}")
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [("everything", torch.float32), ("everything", torch.bfloat16), ("causal", torch.float16)],
+)
+def test_the_registered_op_has_the_gradient(rule, dtype):
+    interpreted(check_registered_alone, rule=rule, dtype=dtype)
+
+
+def check_registered_alone(rule, dtype):
+    """And nothing of it stays."""
+    from fastlens.ops import dispatch
+
+    kernels, chosen = dispatch.kernels, dict(dispatch._CHOSEN)
+    try:
+        check_registered(rule, dtype)
+    finally:
+        dispatch.kernels = kernels
+        dispatch._CHOSEN.clear()
+        dispatch._CHOSEN.update(chosen)
+        dispatch._OPAQUE.clear()
 
 
 # A mistake -> what is right, what stands there instead.
@@ -159,8 +182,13 @@ MISTAKES = {
     "the first window block skipped": ("// BLOCK_N * BLOCK_N", "// BLOCK_N * BLOCK_N + BLOCK_N"),
     "no rescaling": ("total * shrink + tl.sum", "total + tl.sum"),
     "a sum that fades": ("weights.to(v.dtype), v, mixed", "weights.to(v.dtype), v, 0.99 * mixed"),
-    "bare softmax statistics": ("highest + tl.math.log2(divisor)", "highest"),
+    "bare softmax statistics": ("highest + tl.math.log2(divisor)) * LN_2)", "highest) * LN_2)"),
     "wrong head of keys": ("(head // group_size).to", "(head % group_size).to"),
+    "the bias of another head": ("head.to(tl.int64) * stride_bias_h", "stride_bias_h"),
+    "the bias of other keys": ("bias_block += tl.cast(first_key", "bias_block += 0 * (first_key"),
+    "the bias of a row below": ("head * stride_bias_h + row * str", "head * stride_bias_h + str"),
+    "each row divided by one sum": ("tl.load(lse_ptr + site)", "tl.load(lse_ptr)"),
+    "a row's last key left out": ("(n_keys, query_pos + 1)", "(n_keys, query_pos)"),
     "tanh by the cancelling formula": ("size < 0.625", "size < 0.0"),
     "alibi on the wrong side": ("minimum(key_pos - query_pos", "minimum(query_pos - key_pos"),
 }
@@ -170,7 +198,13 @@ def check_mistake(right, wrong):
     with mutated("attention", right, wrong):
         for rule in ("everything", "large soft cap"):
             check_attention(
-                rule=rule, n_queries=75, n_keys=140, heads=4, kv_heads=2, is_padded=True
+                rule=rule,
+                n_queries=75,
+                n_keys=140,
+                heads=4,
+                kv_heads=2,
+                is_padded=rule == "everything",
+                bias="of heads",
             )
 
 

@@ -13,7 +13,13 @@ from fastlens.ops import dispatch
 
 TRITON_KERNELS = {
     "attention": "triton attention",
+    "capture": "triton capture",
+    "capture_int8": "triton capture_int8",
+    "dequantize": "triton dequantize",
     "layer_norm": "triton layer_norm",
+    "norm": "triton norm",
+    "patch_sites": "triton patch_sites",
+    "patch_sites_": "triton patch_sites_",
     "rms_norm": "triton rms_norm",
     "rotary": "triton rotary",
 }
@@ -92,9 +98,29 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
     assert said == [second, "in", ((3,), (1,), {"d": 2, "enable_fp_fusion": True}), "out"]
     said.clear()
     jit.launch("norm", "kernel", (3,), CPU, 1)
-    assert said == [((3,), (1,), {"enable_fp_fusion": True})]
+    jit.launch("norm", "kernel", (3,), CPU, 1, enable_fp_fusion=False)
+    assert said == [((3,), (1,), {"enable_fp_fusion": fused}) for fused in (True, False)]
 
 
 @pytest.mark.parametrize(("n", "block"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_blocks_are_powers_of_two(n, block):
     assert jit.power_of_two(n) == block
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "columns"), [(1, 64, 1), (5, 8, 8), (64, 1, 64), (99, 1, 64)]
+)
+def test_a_tile_is_no_wider_than_it_must_be(n, rows, columns):
+    assert jit.tile(n, 64) == (rows, columns)
+
+
+@pytest.mark.parametrize("op", TRITON_KERNELS)
+def test_csrc_comes_before_triton_and_triton_before_torch(op):
+    """Whoever has no nvcc loses nothing."""
+    by_name = {kernel.name: kernel for kernel in dispatch.kernels()[op]}
+    ours = by_name[TRITON_KERNELS[op]]
+    for name, kernel in by_name.items():
+        if name.startswith("CUDA C++"):
+            assert kernel.priority > ours.priority
+        elif kernel is not ours:
+            assert kernel.priority < ours.priority and not kernel.is_opaque

@@ -34,11 +34,21 @@ def test_transposed_rows(op):
     interpreted(guarded_norm, op=op, is_transposed=True)
 
 
-def check_gradients(op, dtype, is_affine):
-    from fastlens.kernels.triton_layer_norm import layer_norm
-    from fastlens.kernels.triton_rms_norm import rms_norm
+def norm_by_triton(op):
+    """The registered op, for the CPU, with the Triton kernel in dispatch's place."""
+    from fastlens.kernels.triton_norm import norm
+    from fastlens.ops import dispatch
+    from fastlens.ops import norm as registered
 
-    kernel = {"layer_norm": layer_norm, "rms_norm": rms_norm}[op]
+    for dtype in DTYPES:
+        dispatch._CHOSEN["norm", "cpu", dtype] = norm
+    assert registered.kernel_for("norm", "cpu", torch.float32) is norm
+    return lambda x, *rest: torch.ops.fastlens.norm(
+        x, *rest[:-1], *(() if op == "layer_norm" else (None,)), rest[-1], op == "layer_norm"
+    )[0]
+
+
+def check_gradients(op, dtype, is_affine):
     spec = getattr(reference, op)
     n_factors = (2 if op == "layer_norm" else 1) if is_affine else 0
     missing = (None,) * ((2 if op == "layer_norm" else 1) - n_factors)
@@ -51,6 +61,7 @@ def check_gradients(op, dtype, is_affine):
         out = norm(*leaves, *missing, 1e-5)
         return torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)
 
+    kernel = norm_by_triton(op)
     truth = gradients(spec, torch.float64)
     triples = zip(gradients(kernel, dtype), gradients(spec, dtype), truth, strict=True)
     for got, plain, want in triples:
@@ -66,24 +77,41 @@ def test_gradients(op, dtype, is_affine):
 
 
 def check_edges():
-    from fastlens.errors import FastlensError
     from fastlens.kernels.triton_layer_norm import layer_norm, layer_norm_with_scale
+    from fastlens.kernels.triton_norm import norm
     from fastlens.kernels.triton_rms_norm import rms_norm
 
     out, scale = layer_norm_with_scale(torch.zeros(0, 8), None, None, 1e-5)
     assert out.shape == (0, 8) and scale.shape == (0, 1)
     out, _ = layer_norm_with_scale(torch.ones(2, 8).bfloat16(), torch.ones(8), None, 1e-5)
     assert out.dtype == torch.float32
+    x = torch.randn(3, 8) + 2
+    for centre in (True, False):
+        found, expected = (f(x, None, None, 1e-5, centre) for f in (norm, reference.norm))
+        for got, want in zip(found, expected, strict=True):
+            assert_close_to(got, want, atol=1e-6)
     long = torch.randn(1, 16385)
-    with pytest.raises(FastlensError, match="at most 16384"):
-        layer_norm_with_scale(long, None, None, 1e-5)
-    for norm, spec in ((layer_norm, reference.layer_norm), (rms_norm, reference.rms_norm)):
-        factors = (None,) if norm is rms_norm else (None, None)
-        assert_close_to(norm(long, *factors, 1e-5), spec(long, *factors, 1e-5))
+    for one, spec in ((layer_norm, reference.layer_norm), (rms_norm, reference.rms_norm)):
+        factors = (None,) if one is rms_norm else (None, None)
+        assert_close_to(one(long, *factors, 1e-5), spec(long, *factors, 1e-5))
 
 
 def test_edges():
     interpreted(check_edges)
+
+
+def check_opcheck(centre):
+    norm_by_triton("layer_norm")
+    x, w, b = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
+    for leaf in (x, w, b):
+        leaf.requires_grad_()
+    arguments = (x, w, b if centre else None, 1e-5, centre)
+    torch.library.opcheck(torch.ops.fastlens.norm.default, arguments)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_opcheck(centre):
+    interpreted(check_opcheck, centre=centre)
 
 
 def check_mistake(right, wrong):

@@ -39,10 +39,22 @@ def test_heads_and_strides(heads):
     interpreted(guarded_rotary, heads=heads, d_head=80, rotary_dim=64, is_transposed=True)
 
 
+def rotary_by_triton():
+    """The registered op, for the CPU, with the Triton kernel in dispatch's place."""
+    from fastlens.kernels.triton_rotary import rotary
+    from fastlens.ops import dispatch
+    from fastlens.ops import rotary as registered
+
+    for dtype in DTYPES:
+        dispatch._CHOSEN["rotary", "cpu", dtype] = rotary
+    assert registered.kernel_for("rotary", "cpu", torch.float32) is rotary
+    return torch.ops.fastlens.rotary
+
+
 def check_gradients(adjacent_pairs, dtype):
     from fastlens.errors import FastlensError
-    from fastlens.kernels.triton_rotary import rotary
 
+    rotary = rotary_by_triton()
     angles = torch.rand(2, 5, 3) * 6
     angles = angles.repeat_interleave(2, -1) if adjacent_pairs else torch.cat([angles, angles], -1)
     x, weight = torch.randn(2, 2, 5, 3, 10).to(dtype).unbind(0)
@@ -61,6 +73,8 @@ def check_gradients(adjacent_pairs, dtype):
     )
     with pytest.raises(FastlensError, match="no gradient in cos and sin"):
         rotary(x, angles.cos().to(dtype).requires_grad_(), angles.sin().to(dtype), adjacent_pairs)
+    arguments = x.requires_grad_(), angles.cos().to(dtype), angles.sin().to(dtype), adjacent_pairs
+    torch.library.opcheck(rotary.default, arguments)
 
 
 @pytest.mark.parametrize("adjacent_pairs", [True, False], ids=["adjacent", "halves"])
@@ -77,7 +91,7 @@ def check_mistake(right, wrong):
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("cos_b[None, :] + sign", "cos_b[None, :] - sign"),
+        ("cos_b[None, :] + a", "cos_b[None, :] - a"),
         ("pair, pair + half", "pair, pair + half - 1"),
         ("2 * half + tl.arange(0, BLOCK_PASSING)", "2 * half + 1 + tl.arange(0, BLOCK_PASSING)"),
     ],

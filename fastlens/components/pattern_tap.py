@@ -1,0 +1,129 @@
+"""Cache entries of a layer's scores and pattern, made of its queries and keys."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlens.components.attention import Attended
+from fastlens.hooks.capture import CaptureSpec, capture, check_heads, without_batch
+from fastlens.hooks.derived import CacheDict, Derived, Rows
+from fastlens.hooks.point import HookPoint
+from fastlens.ops.attention_pattern import attention_pattern
+
+
+class PatternTap:
+    """Puts what a cache is to have of one layer's scores and pattern there; attention stays fused.
+
+    Whole entries are computed when they are read, if keeping queries and keys costs less than
+    keeping the entries. Chosen heads and positions are computed at once, and nothing else is.
+
+    Args:
+        cache: Where entries go.
+        points: ``hook_attn_scores``, ``hook_pattern`` or both, by hook name, in that order.
+        sources: Hook names under which queries and keys, as attention reads them, are captured
+            anyway; None where no hook point sees them.
+        lazy: Whether entries may be computed later.
+    """
+
+    def __init__(
+        self,
+        cache: CacheDict,
+        points: dict[str, HookPoint],
+        spec: CaptureSpec,
+        sources: tuple[str, str] | None,
+        lazy: bool,
+    ):
+        self.cache = cache
+        self.points = points
+        self.spec = spec
+        self.sources = sources
+        self.lazy = lazy
+
+    def fused(self, attended: Attended) -> None:
+        """Entries from queries and keys."""
+        lazy = self.lazy and self.spec.keeps_all and not attended.q.is_inference()
+        for name, point in self.points.items():
+            if lazy and self._pays(attended):
+                self._put_derived(name, point, attended)
+            else:
+                self.cache[name] = self._computed(name, point, attended)
+
+    def materialised(self, scores: Tensor, pattern: Tensor) -> None:
+        """Entries from what attention made itself."""
+        for name, point in self.points.items():
+            made = scores if name.endswith("hook_attn_scores") else pattern
+            self.cache[name] = capture(made, point, self.spec)
+
+    def _pays(self, attended: Attended) -> bool:
+        """Whether queries and keys take less memory than the entries they stand for."""
+        q, k = attended.q, attended.k
+        if self._captured(q, k) is not None:
+            return True
+        batch, n_queries, n_heads = q.shape[:3]
+        entry = batch * n_heads * n_queries * k.shape[1]
+        return q.numel() + k.numel() < entry * len(self.points)
+
+    def _captured(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Queries and keys as the cache holds them, with a batch axis; None if it does not."""
+        if self.sources is None:
+            return None
+        found = [self.cache.entry(name) for name in self.sources if name in self.cache]
+        tensors = [entry for entry in found if isinstance(entry, Tensor)]
+        if len(tensors) < 2:
+            return None
+        q_kept, k_kept = (t[None] if t.ndim == 3 else t for t in tensors)
+        # With a KV cache only the new keys pass a hook.
+        return (q_kept, k_kept) if (q_kept.shape, k_kept.shape) == (q.shape, k.shape) else None
+
+    def _put_derived(self, name: str, point: HookPoint, attended: Attended) -> None:
+        q, k = self._captured(attended.q, attended.k) or (attended.q, attended.k)
+        device = q.device if self.spec.device is None else torch.device(self.spec.device)
+        q, k = q.to(device), k.to(device)
+        key_mask = attended.key_mask
+        rule, offset = attended.rule, attended.offset
+        is_scores = name.endswith("hook_attn_scores")
+
+        def values(q: Tensor, k: Tensor, heads: Sequence[int] | None = None, rows: Rows = None):
+            found = attention_pattern(
+                q,
+                k,
+                rule,
+                heads,
+                rows,
+                offset=offset,
+                key_mask=None if key_mask is None else key_mask.to(q.device),
+                scores=is_scores,
+            )
+            return without_batch(found, point, self.spec)
+
+        named = self.sources or (f"{name} (queries)", f"{name} (keys)")
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        shape = shape[1:] if self.spec.remove_batch_dim else shape
+        sources = dict(zip(named, (q, k), strict=True))
+        self.cache.put(name, Derived(name, values, sources, shape, q.dtype, part=values))
+
+    def _computed(self, name: str, point: HookPoint, attended: Attended) -> Tensor:
+        spec, q = self.spec, attended.q
+        heads = spec.heads_at(point)
+        if heads is not None:
+            check_heads(heads, q.shape[2], name)
+        rows = None
+        if spec.pos_slice.mode != "identity":
+            # An int that is out of range is an error in attention_pattern.
+            rows = torch.from_numpy(spec.pos_slice.indices(q.shape[1]).copy())
+        with torch.no_grad():
+            found = attention_pattern(
+                q,
+                attended.k,
+                attended.rule,
+                heads=heads,
+                rows=rows,
+                offset=attended.offset,
+                key_mask=attended.key_mask,
+                scores=name.endswith("hook_attn_scores"),
+            )
+        if spec.pos_slice.mode == "int":
+            found = found.squeeze(2)
+        found = without_batch(found, point, spec)
+        return found if spec.device is None else found.to(spec.device)

@@ -1,0 +1,198 @@
+"""Cache entries that are computed when they are read, from tensors that the cache holds anyway."""
+
+from collections import OrderedDict
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from fastlens.errors import HookNameError
+
+Source: TypeAlias = "Tensor | Derived"
+Rows: TypeAlias = Sequence[int] | Tensor | None
+# Some heads and query rows of an entry: formula(*sources, heads, rows).
+PartFormula: TypeAlias = Callable[..., Tensor]
+
+
+class Derived:
+    """One entry, as the formula that gives it and the tensors that the formula reads.
+
+    The value is the one the forward had: sources are captured tensors, never weights, and a source
+    that was written to since is an error at the first read, not a wrong value.
+
+    Args:
+        name: Of the entry, for errors.
+        formula: ``formula(*sources)``; must give the value that passed the hook point.
+        sources: By name; another `Derived` is computed on the way.
+        shape, dtype: Of the value.
+        part: ``part(*sources, heads, rows)`` gives some heads and query rows alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        formula: Callable[..., Tensor],
+        sources: Mapping[str, Source],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        part: PartFormula | None = None,
+    ):
+        self.name = name
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self._formula = formula
+        self._sources = dict(sources)
+        self._versions = {
+            name: source._version for name, source in sources.items() if isinstance(source, Tensor)
+        }
+        self._part = part
+        self._value: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """The value, kept from now on; the sources are let go."""
+        if self._value is None:
+            self._value = self.compute()
+            self._sources, self._part = {}, None
+        return self._value
+
+    def compute(self) -> Tensor:
+        """The value, not kept.
+
+        Raises: HookNameError if a source was written to since it was captured.
+        """
+        if self._value is not None:
+            return self._value
+        self._check()
+        with torch.no_grad():
+            sources = [s if isinstance(s, Tensor) else s.compute() for s in self._sources.values()]
+            return self._formula(*sources)
+
+    def read_part(self, heads: Sequence[int] | None, rows: Rows) -> Tensor | None:
+        """Some heads and query rows, without the rest; None if only the whole can be computed."""
+        if self._part is None or self._value is not None:
+            return None
+        self._check()
+        with torch.no_grad():
+            return self._part(*self._sources.values(), heads, rows)
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> "Derived":
+        """The entry that ``change`` makes of this one's value."""
+        like = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        return Derived(self.name, change, {self.name: self}, like.shape, like.dtype)
+
+    def on(self, change: Callable[[Source], Source]) -> "Derived":
+        """The same entry of changed sources, such as those moved to another device.
+
+        Raises: HookNameError if a source was written to since it was captured.
+        """
+        if self._value is not None:
+            sources: dict[str, Source] = {self.name: change(self._value)}
+            return Derived(self.name, _as_it_is, sources, self.shape, self.dtype)
+        self._check()
+        sources = {name: change(source) for name, source in self._sources.items()}
+        return Derived(self.name, self._formula, sources, self.shape, self.dtype, self._part)
+
+    def held(self) -> Iterator[Tensor]:
+        """Every tensor that this entry keeps alive."""
+        if self._value is not None:
+            yield self._value
+        for source in self._sources.values():
+            yield from [source] if isinstance(source, Tensor) else source.held()
+
+    def _check(self) -> None:
+        for name, version in self._versions.items():
+            if cast(Tensor, self._sources[name])._version != version:
+                raise HookNameError(
+                    f"{self.name!r} is computed when it is first read, and {name!r}, which it is "
+                    f"computed from, was edited since the run. Read {self.name!r} before you edit, "
+                    f"or pass lazy=False to run_with_cache, which stores every activation."
+                )
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+class CacheDict(dict[str, Tensor]):
+    """A dict of activations in which some are computed at the first read.
+
+    Whatever reads a value (``d[name]``, ``get``, ``values``, ``items``, ``dict(d)``, pickling) gets
+    a tensor. `entry` and `entries` show what is there without computing.
+    """
+
+    def entry(self, name: str) -> Source:
+        """What stands there: a tensor, or the `Derived` that will give it."""
+        return super().__getitem__(name)
+
+    def entries(self) -> Iterator[tuple[str, Source]]:
+        """Pairs of name and `entry`."""
+        return iter(super().items())
+
+    def put(self, name: str, entry: Source) -> None:
+        """Put a tensor or a `Derived` there."""
+        super().__setitem__(name, entry)  # type: ignore[assignment]
+
+    def __getitem__(self, name: str) -> Tensor:
+        found: Source = super().__getitem__(name)
+        if isinstance(found, Derived):
+            found = found.read()
+            super().__setitem__(name, found)
+        return found
+
+    # With an __iter__ of its own a dict is copied by reading its values one by one.
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+        """The activation, or ``default``."""
+        return self[name] if name in self else default
+
+    def pop(self, name: str, *default: Any) -> Any:  # type: ignore[override]
+        """The activation, taken out."""
+        if name in self:
+            value = self[name]
+            del self[name]
+            return value
+        return super().pop(name, *default)
+
+    def popitem(self) -> tuple[str, Tensor]:
+        """The last name and its activation, taken out."""
+        if not self:
+            return super().popitem()
+        name = next(reversed(self))
+        return name, self.pop(name)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+        """The activation, put there first if it is missing."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def values(self) -> Any:
+        """The activations."""
+        return ValuesView(cast(Mapping[str, Tensor], self))
+
+    def items(self) -> Any:
+        """Pairs of name and activation."""
+        return ItemsView(cast(Mapping[str, Tensor], self))
+
+    def copy(self) -> "CacheDict":
+        """Another dict of the same entries, computed or not."""
+        made = CacheDict()
+        for name, entry in self.entries():
+            made.put(name, entry)
+        return made
+
+    def __or__(self, other: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        return other | dict(self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    # Neither formulas nor what they hold belong into a file. torch.load reads an OrderedDict.
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
