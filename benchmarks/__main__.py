@@ -16,6 +16,7 @@ import functools
 import itertools
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -83,21 +84,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds = {"seconds": 0.0, "min_rounds": 3, "warm_ups": 1}
     about = cuda_report.about(device)
     print(f"{about['name']}, torch {about['torch']}, triton {about['triton']}", flush=True)
-    records = []
+    path = arguments.json
+    if path is None and not arguments.quick:
+        path = RESULTS / folder_of(about["name"]) / "device.json"
+    records, broken = [], []
+    say = functools.partial(print, flush=True)
     for group in arguments.only or GROUPS:
         timed = functools.partial(cuda_timing.timed_on, device, **rounds)
         if group in BY_CLOCK:
             wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
             timed = functools.partial(cuda_timing.by_clock, synchronize=wait, **rounds)
-        say = functools.partial(print, flush=True)
-        records += cuda_report.run_all(GROUPS[group](setting), timed, device, say)
-    path = arguments.json
-    if path is None and not arguments.quick:
-        path = RESULTS / folder_of(about["name"]) / "device.json"
+        try:
+            for record in cuda_report.run_all(GROUPS[group](setting), timed, device, say):
+                records.append(record)
+        except Exception:
+            # The other groups' results are worth having.
+            traceback.print_exc()
+            broken.append(f"{group}: stopped by the error above")
+        if path is not None:
+            cuda_report.write(path, about, records)
     if path is not None:
-        cuda_report.write(path, device, records)
         print(f"written: {path}")
-    wrong = cuda_report.faults(records)
+    wrong = [*broken, *cuda_report.faults(records)]
     for line in itertools.islice(wrong, 20):
         print(f"FAULT  {line}", file=sys.stderr)
     return 1 if wrong else 0

@@ -239,6 +239,9 @@ def flex(q: Tensor, k: Tensor, v: Tensor, heads: Heads, key_mask: Tensor | None)
         return rule.soft_cap * torch.tanh(score / rule.soft_cap)
 
     is_cuda = q.device.type == "cuda"
+    if is_cuda:
+        # Of one function the compiler keeps a few sizes only, and runs further ones uncompiled.
+        torch._dynamo.reset()
     batch = None if key_mask is None else len(q)
     sizes = (heads.n_queries, heads.n_keys)
     with warnings.catch_warnings():

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,22 @@ def result_of(
 
     A contender that is wrong, or cannot run here, is not timed; the record says which and why.
     """
-    eager, truth = case.eager(), case.truth()
     errors, wrong, failed = {}, {}, {}
-    for name, run in case.contenders.items():
+    try:
+        eager, truth = case.eager(), case.truth()
+        contenders = case.contenders
+    except Exception as problem:
+        # Such as a card too small for every score at once. What cannot be judged is not timed.
+        failed["the specification"] = _sentence(problem)
+        eager = truth = None
+        contenders = {}
+    for name, run in contenders.items():
         try:
             error, allowed = case.judged(run(), eager, truth)
             # A second time, since what one run leaves behind may spoil the next.
             again, _ = case.judged(run(), eager, truth)
         except Exception as problem:
-            failed[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+            failed[name] = _sentence(problem)
             continue
         errors[name] = max(error, again)
         if not max(error, again) <= allowed:
@@ -95,6 +102,10 @@ def result_of(
         "bound": None if ideal is None or case.work is None else case.work.bound(gpu),
         "seconds": {name: one.record() for name, one in timings.items()},
     }
+
+
+def _sentence(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
 
 
 def described(record: Mapping[str, Any], is_host: bool) -> str:
@@ -126,26 +137,24 @@ def run_all(
     timed: Callable[[Mapping[str, Run]], Mapping[str, Any]],
     device: torch.device,
     said: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
-    """Every case in turn, each freed before the next is made."""
+) -> Iterator[dict[str, Any]]:
+    """Records of the cases in turn, each freed before the next is made."""
     gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    records: list[dict[str, Any]] = []
     told: dict[str, str] = {}
     with torch.no_grad():
         for case in cases:
             record = result_of(case, timed, gpu)
-            records.append(record)
             said(described(record, device.type != "cuda"))
             # Each reason once, not at every size.
             for name, reason in record["skipped"].items():
                 if told.get(name) != reason:
                     said(f"  left out: {name}: {reason}")
             told |= record["skipped"]
+            yield record
             del case
             if device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
-    return records
 
 
 def faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -158,8 +167,8 @@ def faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def write(path: Path, device: torch.device, records: Sequence[Mapping[str, Any]]) -> None:
+def write(path: Path, about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Machine and results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": about(device), "rows": list(records)}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"machine": dict(about), "rows": list(records)}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")

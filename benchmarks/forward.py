@@ -272,10 +272,10 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         return None
     if arguments.smoke and arguments.write:
         parser.error("--smoke measures nothing worth writing")
-    if (problem := problem_of(arguments.device)) is not None:
-        raise SystemExit(problem)
     if arguments.write and arguments.device != "cpu":
         parser.error("--write is for the CPU's results: `python -m benchmarks` writes a GPU's")
+    if (problem := problem_of(arguments.device)) is not None:
+        raise SystemExit(problem)
     torch.set_num_threads(arguments.threads)
     shapes, lengths = SHAPES, TOKENS
     options = {"seconds": arguments.seconds, "min_rounds": arguments.rounds}

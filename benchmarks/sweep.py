@@ -418,12 +418,12 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         return None
     if arguments.smoke and arguments.write:
         options.error("--smoke measures nothing worth writing")
-    if (problem := problem_of(arguments.device)) is not None:
-        raise SystemExit(problem)
     if arguments.device != "cpu" and (
         arguments.write or arguments.tl4_python or arguments.nnsight_python
     ):
         options.error("on another device only what runs in this process is timed, and printed")
+    if (problem := problem_of(arguments.device)) is not None:
+        raise SystemExit(problem)
     torch.set_num_threads(arguments.threads)
     cases = SMOKE_CASES if arguments.smoke else CASES
     cases = [case for case in cases if not arguments.only or case.name in arguments.only]

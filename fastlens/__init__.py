@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     )
     from fastlens.config import HookedTransformerConfig as HookedTransformerConfig
     from fastlens.factored_matrix import FactoredMatrix as FactoredMatrix
+    from fastlens.hooks.of_heads import OfHeads as OfHeads
     from fastlens.hooks.point import HookPoint as HookPoint
     from fastlens.hooks.root import HookedRootModule as HookedRootModule
     from fastlens.model.bert_next_sentence_prediction import (
@@ -37,6 +38,7 @@ _HOME = {
     "HookedRootModule": "fastlens.hooks.root",
     "HookedTransformer": "fastlens.model.hooked_transformer",
     "HookedTransformerConfig": "fastlens.config",
+    "OfHeads": "fastlens.hooks.of_heads",
     "Scores": "fastlens.scores",
     "TransformerLensKeyValueCache": "fastlens.components.kv_cache",
     "patching": "fastlens",
@@ -54,6 +56,7 @@ __all__ = [
     "HookedRootModule",
     "HookedTransformer",
     "HookedTransformerConfig",
+    "OfHeads",
     "Scores",
     "TransformerLensKeyValueCache",
     "patching",

@@ -46,6 +46,7 @@ PUBLIC_NAMES = [
     "HookedRootModule",
     "HookedTransformer",
     "HookedTransformerConfig",
+    "OfHeads",
     "Scores",
     "TransformerLensKeyValueCache",
     "patching",

@@ -275,10 +275,8 @@ class HookedRootModule(nn.Module):
             memory with the run, as in TransformerLens).
         """
         spec = CaptureSpec(Slice.unwrap(pos_slice), device, remove_batch_dim, heads)
-        # Hooks that stay on must go on filling the cache, and gradients need the places themselves.
-        lazy = lazy and reset_hooks_end and not incl_bwd
         self.is_caching = True
-        plan = self.capture_plan(names_filter, spec, incl_bwd, lazy)
+        plan = self.capture_plan(names_filter, spec, incl_bwd, lazy, stays=not reset_hooks_end)
         with self.hooks(plan.fwd, plan.bwd, reset_hooks_end, clear_contexts), plan.tapping():
             with uncompiled():
                 output = self(*model_args, **model_kwargs)
@@ -292,8 +290,13 @@ class HookedRootModule(nn.Module):
         spec: CaptureSpec,
         incl_bwd: bool = False,
         lazy: bool = False,
+        stays: bool = False,
     ) -> CapturePlan:
-        """How `run_with_cache` captures; a subclass knows what need not be stored."""
+        """How `run_with_cache` captures; a subclass knows what need not be stored.
+
+        Args:
+            stays: The hooks stay on, so they alone must fill the cache at every later forward.
+        """
         if spec.heads is None:
             cache, fwd, bwd = self.get_caching_hooks(
                 names_filter,

@@ -17,6 +17,10 @@ from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.score_blocks import Block, ScoreBlocks, kept, rows_of, softmax
 
 
+# Elements of keys that are gathered at a time for single rows.
+GATHERED = 2**22
+
+
 class AttentionGradients(NamedTuple):
     """One for each differentiable input of `attention`, in its dtype; None where none is needed."""
 
@@ -136,39 +140,29 @@ def row_gradients(
         again = reference.attention_pattern_rows(q, k, *rest)
         return ScoreGradients(*_of_graph(again, (q, k, None), grad))
     dtype = torch.promote_types(torch.float32, q.dtype)
-    grad_q, grad_k = (torch.zeros_like(x, dtype=dtype) for x in (q, k))
-    group = q.shape[2] // k.shape[2]
-    for (example, kv_head), members in sites_by_keys(sites, group):
-        _, head, row = sites[members].unbind(1)
-        found, to_found = pattern[members].to(dtype), grad[members].to(dtype)
-        queries, keys = q[example, row, head].to(dtype), k[example, :, kv_head].to(dtype)
+    grad_q, grad_k = torch.zeros_like(q, dtype=dtype), torch.zeros_like(k, dtype=dtype)
+    of_heads = k.transpose(1, 2)  # [batch, kv_head, key_pos, d_head]
+    size = max(1, GATHERED // max(1, int(k.shape[1] * k.shape[3])))
+    parts = (x.split(size) for x in (sites, pattern.to(dtype), grad.to(dtype)))
+    for named, found, to_found in zip(*parts, strict=True):
+        example, head, row = named.unbind(1)
+        kv_head = head // (q.shape[2] // k.shape[2])
+        queries, keys = q[example, row, head].to(dtype), of_heads[example, kv_head].to(dtype)
         if scores:
             to_scores = to_found.masked_fill(found == -torch.inf, 0.0)
         else:
             to_scores = _through_softmax(found, to_found)
         if rule.soft_cap > 0:
-            capped = torch.tanh(queries @ keys.T / (rule.scale * rule.soft_cap))
+            product = torch.einsum("sd,skd->sk", queries, keys)
+            capped = torch.tanh(product / (rule.scale * rule.soft_cap))
             to_scores = to_scores * (1 - capped.square())
         to_scores = to_scores / rule.scale
         # A site may stand in the table more than once.
-        at = torch.full_like(row, example), row, head
-        grad_q.index_put_(at, to_scores @ keys, accumulate=True)
-        grad_k[example, :, kv_head] += to_scores.T @ queries
+        to_q = torch.einsum("sk,skd->sd", to_scores, keys)
+        grad_q.index_put_((example, row, head), to_q, accumulate=True)
+        to_k = to_scores[:, :, None] * queries[:, None, :]
+        grad_k.transpose(1, 2).index_put_((example, kv_head), to_k, accumulate=True)
     return ScoreGradients(grad_q.to(q.dtype), grad_k.to(k.dtype), None)
-
-
-def sites_by_keys(
-    sites: Int[Tensor, "site 3"], group: int
-) -> list[tuple[tuple[int, int], Int[Tensor, " member"]]]:
-    """Sites that read the same keys: (example, KV head) and which sites of the table they are."""
-    if not len(sites):
-        return []
-    pairs = torch.stack([sites[:, 0], sites[:, 1] // group], 1)
-    distinct, which = pairs.unique(dim=0, return_inverse=True)
-    return [
-        ((example, kv_head), (which == number).nonzero()[:, 0])
-        for number, (example, kv_head) in enumerate(distinct.tolist())
-    ]
 
 
 def _of_graph(out: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
@@ -219,8 +213,8 @@ class _ToInputs:
 
     def q(self) -> Tensor:
         """In the places of q."""
-        to_q = _placed(self._to_q, 2, self.blocks.heads, self._q.shape[2])
-        return _placed(to_q, 1, self.blocks.rows, self._q.shape[1]).to(self._q.dtype)
+        to_q = _placed(self._to_q, 2, self.blocks.heads, self._q)
+        return _placed(to_q, 1, self.blocks.rows, self._q).to(self._q.dtype)
 
     def k(self) -> Tensor:
         """In the places of k."""
@@ -234,11 +228,12 @@ def _through_softmax(pattern: Tensor, grad: Tensor) -> Tensor:
 
 def _to_kv_heads(blocks: ScoreBlocks, grad: Tensor, like: Tensor) -> Tensor:
     grad = grad.view(like.shape[0], len(blocks.kv_heads), like.shape[1], -1).transpose(1, 2)
-    return _placed(grad, 2, blocks.kv_heads, like.shape[2]).to(like.dtype)
+    return _placed(grad, 2, blocks.kv_heads, like).to(like.dtype)
 
 
-def _placed(x: Tensor, axis: int, indices: Sequence[int], length: int) -> Tensor:
-    """Zeros of that length along an axis, with ``x`` added at its indices."""
+def _placed(x: Tensor, axis: int, indices: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros as long as ``like`` along an axis, with ``x`` added at its indices."""
+    length = int(like.shape[axis])
     if len(indices) == length and kept(x, axis, indices) is x:
         return x
     shape = list(x.shape)

@@ -75,13 +75,17 @@ def _forward(
 class _Pattern(torch.autograd.Function):
     """Keeps the pattern alone; the backward goes over blocks of query rows again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any):  # type: ignore[override]
-        q, k, bias, rule, heads, rows, offset, key_mask, _, scores = arguments
-        out = _forward(*arguments)
-        ctx.save_for_backward(q, k, bias, key_mask, out)
+    def forward(*arguments: Any) -> Tensor:  # type: ignore[override]
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, k, bias, rule, heads, rows, offset, key_mask, _, scores = inputs
+        ctx.save_for_backward(q, k, bias, key_mask, output)
         ctx.rest = rule, heads, rows, offset, scores
-        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlens.kernels.attention_gradients import sites_by_keys
 from fastlens.kernels.kernel import Kernel
 from fastlens.kernels.masks import AttentionRule, alibi_slopes
 from fastlens.kernels.score_blocks import softmax
@@ -27,7 +26,7 @@ def attention_pattern_rows(
     sites = sites.to(q.device)
     slopes = alibi_slopes(n_heads, q.device, dtype) if rule.alibi else None
     out = q.new_empty(len(sites), n_keys, dtype=dtype)
-    for (example, kv_head), members in sites_by_keys(sites, n_heads // k.shape[2]):
+    for (example, kv_head), members in _by_keys(sites, n_heads // k.shape[2]):
         _, head, row = sites[members].unbind(1)
         queries = q[example, row, head].to(dtype) / rule.scale
         found = queries @ k[example, :, kv_head].to(dtype).T
@@ -56,6 +55,18 @@ def attention_pattern_rows(
     of_rows = lse[tuple(sites.unbind(1))].to(dtype)
     # A row that sees no key has weights exp(-inf - inf).
     return out.sub_(of_rows.masked_fill(of_rows == -torch.inf, torch.inf)[:, None]).exp_()
+
+
+def _by_keys(sites: Tensor, group: int) -> list[tuple[tuple[int, int], Tensor]]:
+    """Sites that read the same keys: (example, KV head) and which sites of the table they are."""
+    if not len(sites):
+        return []
+    pairs = torch.stack([sites[:, 0], sites[:, 1] // group], 1)
+    distinct, which = pairs.unique(dim=0, return_inverse=True)
+    return [
+        ((example, kv_head), (which == number).nonzero()[:, 0])
+        for number, (example, kv_head) in enumerate(distinct.tolist())
+    ]
 
 
 def _which(bias: Tensor, example: int, head: Tensor) -> list[tuple[int, int | Tensor]]:

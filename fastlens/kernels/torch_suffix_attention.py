@@ -224,9 +224,8 @@ def _merged(
     other_z: Float[Tensor, "branch pos head d_head"],
     other_lse: Float[Tensor, "branch pos head"],
 ) -> Float[Tensor, "branch pos head d_head"]:
-    """Attention to all keys, from that to one part of them and that to the rest."""
-    # Where neither part has a key, both are zero and so is the mixture.
-    weight = torch.sigmoid(lse - other_lse).nan_to_num_(0.0)[..., None]
+    """Attention to all keys, from that to some of them and that to the others, if any."""
+    weight = torch.sigmoid(lse - other_lse)[..., None]
     return torch.lerp(other_z.to(weight), z.to(weight), weight).to(z.dtype)
 
 

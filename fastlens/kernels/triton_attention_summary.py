@@ -22,13 +22,13 @@ from fastlens.kernels.triton_attention import (
 # on sm_80, sm_90, sm_100 or gfx942 (tests/gpu/test_ahead_of_time.py); none was timed.
 BLOCKS = {
     (2, 16): (64, 32, 4, 2),
-    (2, 32): (64, 64, 4, 2),
+    (2, 32): (64, 32, 4, 2),
     (2, 64): (64, 64, 4, 2),
     (2, 128): (64, 32, 4, 2),
     (2, 256): (64, 32, 8, 1),
     (4, 16): (64, 32, 4, 2),
     (4, 32): (64, 32, 4, 2),
-    (4, 64): (32, 32, 4, 2),
+    (4, 64): (32, 32, 8, 2),
     (4, 128): (32, 16, 8, 1),
     (4, 256): (16, 16, 8, 1),
 }
@@ -100,7 +100,7 @@ def attention_summary(
         some = groups[first : first + GROUPS_PER_LAUNCH]
         launch(
             *("attention_summary", "attention_summary_kernel", (n_programs,), q.device),
-            *(q, k, kept, lse, entropy),
+            *(q, k, kept, lse, None if first else entropy),
             *(group_mass[first : first + len(some)] if some else None, *_labels(some, q.device)),
             *rest,
             **compiled,

@@ -19,18 +19,31 @@ from fastlens.kernels.triton_attention import LARGEST_D_HEAD, slopes
 # on sm_80, sm_90, sm_100 or gfx942 (tests/gpu/test_ahead_of_time.py); none was timed.
 BLOCKS = {
     (2, 16): (64, 32, 4, 2),
-    (2, 32): (64, 64, 4, 2),
-    (2, 64): (64, 64, 4, 2),
+    (2, 32): (64, 32, 4, 2),
+    (2, 64): (64, 32, 4, 2),
     (2, 128): (64, 32, 4, 2),
-    (2, 256): (64, 32, 8, 1),
-    (4, 16): (64, 32, 4, 2),
-    (4, 32): (64, 32, 4, 2),
-    (4, 64): (32, 32, 4, 2),
-    (4, 128): (32, 16, 8, 1),
-    (4, 256): (16, 16, 8, 1),
+    (2, 256): (32, 32, 4, 1),
+    (4, 16): (32, 32, 4, 2),
+    (4, 32): (32, 32, 4, 2),
+    (4, 64): (32, 32, 4, 1),
+    (4, 128): (32, 16, 4, 1),
+    (4, 256): (16, 16, 4, 1),
 }
-# Where no branch wants more rows than this, tiles are padded to it: matrix instructions need it.
+# The same for own keys where no branch wants more than FEWEST_ROWS rows. Tiles are padded to them:
+# matrix instructions take no fewer.
 FEWEST_ROWS = 16
+BLOCKS_OF_FEW = {
+    (2, 16): (FEWEST_ROWS, 32, 4, 2),
+    (2, 32): (FEWEST_ROWS, 64, 4, 2),
+    (2, 64): (FEWEST_ROWS, 64, 4, 2),
+    (2, 128): (FEWEST_ROWS, 64, 4, 2),
+    (2, 256): (FEWEST_ROWS, 32, 2, 2),
+    (4, 16): (FEWEST_ROWS, 32, 4, 2),
+    (4, 32): (FEWEST_ROWS, 32, 4, 2),
+    (4, 64): (FEWEST_ROWS, 32, 4, 2),
+    (4, 128): (FEWEST_ROWS, 32, 4, 2),
+    (4, 256): (FEWEST_ROWS, 16, 4, 2),
+}
 
 
 def suffix_attention(
@@ -52,9 +65,11 @@ def suffix_attention(
         return torch_suffix_attention.suffix_attention(q, k, v, table, spans, rule, key_mask)
     host_table, host_mask, host_spans = _on_host(table, key_mask, spans)
     block_d = max(16, power_of_two(d_head))
-    block_m, block_n, num_warps, num_stages = BLOCKS[q.element_size(), block_d]
-    own_rows = FEWEST_ROWS if longest_piece(host_spans) <= FEWEST_ROWS else block_m
-    work = tiles_of(host_table, host_spans, rule, (block_m, own_rows), host_mask)
+    is_few = longest_piece(host_spans) <= FEWEST_ROWS
+    blocks, own_blocks = (
+        sizes[q.element_size(), block_d] for sizes in (BLOCKS, BLOCKS_OF_FEW if is_few else BLOCKS)
+    )
+    work = tiles_of(host_table, host_spans, rule, (blocks[0], own_blocks[0]), host_mask)
     n_rows = len(work[1].entries)
     out = torch.empty(n_rows, n_heads, d_head, dtype=q.dtype, device=q.device)
     has_prefix = len(work[0].tiles) > 0
@@ -65,9 +80,9 @@ def suffix_attention(
         state_lse = torch.full(out.shape[:2], -torch.inf, device=q.device)
     arrays = [array for tiles in work for array in tiles]
     tiles, entries, own_tiles, own_entries = _on_device(arrays, q.device)
-    for is_first, some, of_them, rows in (
-        (True, tiles, entries, block_m),
-        (False, own_tiles, own_entries, own_rows),
+    for is_first, some, of_them, (block_m, block_n, num_warps, num_stages) in (
+        (True, tiles, entries, blocks),
+        (False, own_tiles, own_entries, own_blocks),
     ):
         if not len(some):
             continue
@@ -92,7 +107,7 @@ def suffix_attention(
             HAS_STATE=has_prefix and not is_first,
             D_HEAD=d_head,
             BLOCK_D=block_d,
-            BLOCK_M=rows,
+            BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=num_warps,
             num_stages=num_stages,

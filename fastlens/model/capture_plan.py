@@ -14,7 +14,12 @@ SEEN_IN_ATTENTION = ("hook_attn_scores", "hook_pattern")
 
 
 def transformer_plan(
-    model: Any, names: list[str], spec: CaptureSpec, incl_bwd: bool, lazy: bool
+    model: Any,
+    names: list[str],
+    spec: CaptureSpec,
+    incl_bwd: bool = False,
+    lazy: bool = True,
+    by_hooks: bool = False,
 ) -> CapturePlan:
     """The hooks and taps that fill a cache with these places.
 
@@ -24,16 +29,19 @@ def transformer_plan(
     Args:
         model: A hooked transformer; parts that are not fastlens' own are captured as they are.
         names: In the order in which they fire.
+        incl_bwd: Gradients as well.
+        lazy: Let entries be computed when read.
+        by_hooks: Capture every place where it is, by a hook.
     """
     cfg = model.cfg
     kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     spec = replace(spec, group_size=cfg.n_heads // kv_heads)
     cache = CacheDict()
     points = model.hook_dict
-    taps = [] if incl_bwd else _taps(model, names, spec, cache, lazy)
+    taps = [] if by_hooks else _taps(model, names, spec, cache, lazy)
     tapped = {name for _, tap in taps for name in tap.points}
     recipes: dict[str, Recipe] = {}
-    if lazy and spec.keeps_all:
+    if lazy and spec.keeps_all and not by_hooks:
         recipes = captured(names, _recipes(model))
     fwd: list[tuple[str, HookFunction]] = []
     for name in names:

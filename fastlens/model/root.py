@@ -88,10 +88,12 @@ class TransformerRoot(HookedRootModule):
         spec: CaptureSpec,
         incl_bwd: bool = False,
         lazy: bool = False,
+        stays: bool = False,
     ) -> CapturePlan:
         """Stores what must be, and derives the rest; see `fastlens.model.capture_plan`."""
         names = self._names_matching(names_filter)
-        return transformer_plan(self, names, spec, incl_bwd, lazy)
+        # Gradients are taken at the places themselves.
+        return transformer_plan(self, names, spec, incl_bwd, lazy, by_hooks=incl_bwd or stays)
 
     def required_flag(self, name: str) -> str | None:
         """The config flag without which the place ``name`` never fires, or None."""

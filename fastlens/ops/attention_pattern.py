@@ -12,15 +12,13 @@ from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.sites import flat_sites
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
-Indices = Sequence[int] | Int[Tensor, " index"]
-
 
 def attention_pattern(
     q: Float[Tensor, "batch query_pos head d_head"],
     k: Float[Tensor, "batch key_pos kv_head d_head"],
     rule: AttentionRule,
-    heads: Indices | None = None,
-    rows: Indices | None = None,
+    heads: Sequence[int] | Int[Tensor, " kept_head"] | None = None,
+    rows: Sequence[int] | Int[Tensor, " kept_row"] | None = None,
     offset: int = 0,
     key_mask: Bool[Tensor, "batch key_pos"] | None = None,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
@@ -97,7 +95,7 @@ def attention_pattern_rows(
 def attention_with_pattern(
     pattern: Float[Tensor, "batch head query_pos key_pos"],
     v: Float[Tensor, "batch key_pos kv_head d_head"],
-    heads: Indices | None = None,
+    heads: Sequence[int] | Int[Tensor, " head"] | None = None,
     n_heads: int | None = None,
 ) -> Float[Tensor, "batch query_pos head d_head"]:
     """``pattern @ v``: what attention gives if its weights are these.
@@ -134,7 +132,9 @@ def attention_with_pattern(
     return kernel(pattern, v, heads, n_heads)
 
 
-def indices_of(indices: Indices, length: int, name: str) -> Sequence[int]:
+def indices_of(
+    indices: Sequence[int] | Int[Tensor, " index"], length: int, name: str
+) -> Sequence[int]:
     """Indices from 0 up, checked against a length."""
     if isinstance(indices, range) and (
         not len(indices) or (min(indices) >= 0 and max(indices) < length)

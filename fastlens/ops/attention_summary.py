@@ -11,7 +11,7 @@ from fastlens.errors import ShapeError
 from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.masks import KeyGroup as KeyGroup
 from fastlens.kernels.score_blocks import ScoreBlocks, softmax
-from fastlens.ops.attention_pattern import Indices, indices_of
+from fastlens.ops.attention_pattern import indices_of
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
 
@@ -39,7 +39,7 @@ def attention_summary(
     k: Float[Tensor, "batch key_pos kv_head d_head"],
     rule: AttentionRule,
     *,
-    heads: Indices | None = None,
+    heads: Sequence[int] | Int[Tensor, " kept_head"] | None = None,
     offsets: Sequence[int] = (),
     groups: Sequence[KeyGroup] = (),
     top_k: int = 0,

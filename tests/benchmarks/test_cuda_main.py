@@ -173,6 +173,31 @@ def test_a_wrong_kernel_fails_the_run(monkeypatch, capsys):
     assert "FAULT  op, title: fastlens: bad: error" in capsys.readouterr().err
 
 
+def test_a_group_that_breaks_does_not_take_the_others_with_it(monkeypatch, capsys, tmp_path):
+    def breaking(setting):
+        yield case_of({"fastlens": lambda: EXACT})
+        raise RuntimeError("out of memory")
+
+    good = [case_of({"fastlens": lambda: EXACT})]
+    monkeypatch.setitem(command.GROUPS, "norm", breaking)
+    monkeypatch.setitem(command.GROUPS, "rotary", lambda setting: iter(good))
+    path = tmp_path / "device.json"
+    options = ["--device", "cpu", "--quick", "--only", "norm", "--only", "rotary"]
+    assert command.main([*options, "--json", str(path)]) == 1
+    assert "FAULT  norm: stopped by the error above" in capsys.readouterr().err
+    assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 2
+
+
+def test_a_case_that_cannot_be_judged_is_not_timed():
+    def too_large():
+        raise MemoryError("no room")
+
+    case = Case("op", "title", lambda: TRUTH, too_large, {"fastlens": lambda: EXACT})
+    (found,) = cuda_report.run_all([case], lambda contenders: {}, CPU, lambda text: None)
+    assert found["failed"] == {"the specification": "MemoryError: no room"}
+    assert not found["seconds"] and not cuda_report.faults([found])
+
+
 def test_lines_of_a_case_on_a_known_card():
     from benchmarks.cuda_devices import GPUS
 
@@ -194,7 +219,7 @@ def test_a_reason_is_told_once(capsys):
     for case in cases:
         case.skipped["peer"] = "not here"
     timing = lambda contenders: {}  # noqa: E731
-    cuda_report.run_all(cases, timing, CPU)
+    list(cuda_report.run_all(cases, timing, CPU))
     assert capsys.readouterr().out.count("left out: peer: not here") == 1
 
 

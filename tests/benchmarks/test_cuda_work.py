@@ -1,10 +1,6 @@
 """The formulas of docs/gpu.md counted by hand, and rules of occupancy as CUDA's header has them."""
 
 import math
-import random
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -110,70 +106,6 @@ def test_occupancy_by_hand():
     assert occupancy(sm, 32, 4, 41 * 1024).blocks == 3
     assert occupancy(sm, 256, 4, 0).blocks == 0
     assert occupancy(SMS["sm_100"], 32, 4, 0, 256).limit == "tensor memory"
-
-
-PROBE = """
-#include <cstdio>
-#include "cuda_occupancy.h"
-int main() {
-    int cc, registers, warps; size_t shared;
-    while (scanf("%d %d %d %zu", &cc, &registers, &warps, &shared) == 4) {
-        cudaOccDeviceProp p = cudaOccDeviceProp();
-        p.computeMajor = cc / 10; p.computeMinor = 0; p.maxThreadsPerBlock = 1024;
-        p.maxThreadsPerMultiprocessor = 2048; p.regsPerBlock = p.regsPerMultiprocessor = 65536;
-        p.warpSize = 32; p.numSms = 100; p.reservedSharedMemPerBlock = 1024;
-        p.sharedMemPerMultiprocessor = (cc == 80 ? 164 : 228) * 1024;
-        p.sharedMemPerBlock = 49152;
-        p.sharedMemPerBlockOptin = p.sharedMemPerMultiprocessor - 1024;
-        cudaOccFuncAttributes a = cudaOccFuncAttributes();
-        a.maxThreadsPerBlock = 1024; a.numRegs = registers;
-        a.maxDynamicSharedSizeBytes = p.sharedMemPerBlockOptin;
-        a.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
-        cudaOccDeviceState s = cudaOccDeviceState();
-        s.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
-        cudaOccResult r;
-        if (cudaOccMaxActiveBlocksPerMultiprocessor(&r, &p, &a, &s, warps * 32, shared)) return 1;
-        printf("%d\\n", r.activeBlocksPerMultiprocessor);
-    }
-}
-"""
-
-
-def toolkit() -> Path | None:
-    """The folder of cuda_occupancy.h, which needs neither nvcc nor a GPU."""
-    places = [Path("/usr/local/cuda/include")]
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        places.append(Path(nvcc).resolve().parents[1] / "include")
-    return next((place for place in places if (place / "cuda_occupancy.h").is_file()), None)
-
-
-@pytest.mark.kernels
-@pytest.mark.skipif(toolkit() is None or shutil.which("g++") is None, reason="no CUDA toolkit, g++")
-def test_the_rules_are_those_of_cudas_calculator(tmp_path):
-    source, program = tmp_path / "probe.cpp", tmp_path / "probe"
-    source.write_text(PROBE, encoding="utf-8")
-    built = subprocess.run(
-        ["g++", f"-I{toolkit()}", str(source), "-o", str(program)], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
-    draw = random.Random(0)
-    cases = [
-        (
-            draw.choice(list(SMS)),
-            draw.randint(16, 255),
-            draw.choice([1, 2, 3, 4, 8, 16]),
-            draw.choice([0, 1, 5000, draw.randint(0, 160_000)]),
-        )
-        for _ in range(2000)
-    ]
-    lines = [f"{target[3:]} {registers} {w} {shared}" for target, registers, w, shared in cases]
-    said = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
-    expected = [int(line) for line in said.stdout.split()]
-    assert len(expected) == len(cases)
-    for (target, registers, warps, shared), blocks in zip(cases, expected, strict=True):
-        found = occupancy(SMS[target], registers, warps, shared)
-        assert found.blocks == blocks, (target, registers, warps, shared, found)
 
 
 def test_rates_are_those_of_the_sheets():

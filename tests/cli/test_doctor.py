@@ -10,6 +10,7 @@ import torch
 from fastlens.cli import doctor
 from fastlens.kernels import compiled
 from fastlens.ops import dispatch
+from tests.gpu.pretend_cuda import pretend_cuda
 
 
 def test_it_says_everything(run):
@@ -132,6 +133,21 @@ def test_a_device_that_is_here_is_taken_as_it_is(run_json, monkeypatch):
     assert {row["device"] for row in doctor.kernels("cuda", "9.0")} == {
         "cuda (compute 9.0, supposed)"
     }
+
+
+def test_under_a_pretended_gpu(run_json):
+    """As on a machine that has one, with triton, the CUDA module and FASTLENS_TRITON=1."""
+    with pretend_cuda(csrc=True, capability=(8, 0)):
+        document = run_json("doctor")
+    assert {"name": "cuda:0", "about": "pretended GPU, compute 8.0, 80.0 GiB"} in document[
+        "devices"
+    ]
+    rows = {(row["op"], row["device"]): row for row in document["kernels"]}
+    assert {device for _, device in rows} == {"cpu", "cuda"}
+    assert rows["attention", "cuda"]["kernel"] == "triton attention"
+    assert rows["capture", "cuda"]["kernel"] == "CUDA C++ capture"
+    assert rows["capture", "cuda"]["not_run_on_a_gpu"] == ["CUDA C++ capture"]
+    assert "triton attention" in rows["attention", "cpu"]["refused"]
 
 
 @pytest.mark.parametrize(

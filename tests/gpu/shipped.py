@@ -57,7 +57,7 @@ def suffix_attention(d_head: int, dtype: torch.dtype, rule: str, n_rows: int) ->
     def call() -> Any:
         from fastlens.kernels.triton_suffix_attention import suffix_attention as launcher
 
-        n_branches, n_pos = 7, 130
+        n_branches, n_pos = 40, 130
         start = n_pos - n_rows
         table = torch.arange(start).repeat(n_branches, 1)
         own = torch.arange(start, start + n_branches * n_rows).view(n_branches, n_rows)
@@ -91,11 +91,11 @@ def suffix() -> Iterator[tuple[str, Callable[[], Any]]]:
     """One of each row of the suffix kernel's table of blocks, with many rows and with one."""
     for d_head in MATRIX_D_HEADS:
         for dtype in (torch.bfloat16, torch.float32):
-            for n_rows in (20, 1):
+            for n_rows in (17, 1):
                 call = suffix_attention(d_head, dtype, "everything", n_rows)
                 yield f"suffix {d_head} {dtype} {n_rows} rows", call
-    yield "suffix 64 alone", suffix_attention(64, torch.bfloat16, "causal", 20)
-    yield "suffix 80 float16", suffix_attention(80, torch.float16, "everything", 20)
+    yield "suffix 64 alone", suffix_attention(64, torch.bfloat16, "causal", 17)
+    yield "suffix 80 float16", suffix_attention(80, torch.float16, "everything", 17)
 
 
 def _attention_inputs(

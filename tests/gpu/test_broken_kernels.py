@@ -140,8 +140,9 @@ def rounded(x, cos, sin, adjacent_pairs):
     return x.half()
 
 
-def strided(x, cos, sin, adjacent_pairs):
-    return torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2)
+def strided(activation, table, dtype):
+    shape = (len(table), *activation.shape[table.shape[1] :])
+    return activation.new_empty(shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
 
 
 def on_the_cpu(x, cos, sin, adjacent_pairs):
@@ -162,9 +163,9 @@ def test_a_launcher_whose_result_is_of_another_kind_is_caught(monkeypatch, wrong
 
 def test_a_wrong_fake_is_caught(monkeypatch):
     """Compilers take an op's strides from its fake."""
-    registry_with(monkeypatch, "rotary", "triton rotary", fn=strided)
+    registry_with(monkeypatch, "capture", "triton capture", fn=strided)
     with pytest.raises(RuntimeError, match="its fake says"):
-        trace.test_trace("llama", "forward")
+        trace.test_trace("llama", "selective cache")
 
 
 def test_a_table_left_on_the_cpu_is_caught(monkeypatch):

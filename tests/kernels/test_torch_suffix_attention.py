@@ -16,7 +16,8 @@ RULES = {
     "causal": AttentionRule(3.0),
     "bidirectional": AttentionRule(3.0, causal=False),
     "window": AttentionRule(3.0, window=5),
-    "wide_window": AttentionRule(3.0, window=60),
+    "nearly_wide_window": AttentionRule(3.0, window=12),
+    "wide_window": AttentionRule(3.0, window=13),
     "soft_cap": AttentionRule(3.0, soft_cap=2.0),
     "alibi": AttentionRule(3.0, alibi=True),
     "bidirectional_alibi": AttentionRule(3.0, causal=False, alibi=True),
@@ -25,7 +26,7 @@ RULES = {
 SHARING = {"causal", "bidirectional", "wide_window", "soft_cap"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PADDINGS = ["none", "left", "right", "all"]
-N_POS = 13
+N_POS = 13  # the widest window is as wide
 
 each_rule = pytest.mark.parametrize("name", RULES)
 

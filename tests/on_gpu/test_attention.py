@@ -60,6 +60,7 @@ def test_values(device, dtype, rule, size, is_padded):
 def test_strides_heads_and_offsets(device, rule, strides, d_head, n_queries, n_keys, kv_heads):
     from fastlens.ops.attention import attention
 
+    rule = rule._replace(scale=d_head**0.5)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = qkv(device, dtype, n_queries, n_keys, kv_heads, d_head, strides)
         offset = n_keys - n_queries
@@ -131,10 +132,12 @@ def test_log_sum_exp_and_the_pattern_from_it(device, dtype, rule, size):
         assert torch.equal(lse.cpu() == -torch.inf, blind), name
         seen = ~blind
         error = (lse.cpu().double() - wide.logsumexp(-1))[seen].abs()
-        assert error.numel() == 0 or error.max() <= 2e-5 * (1 + wide[wide.isfinite()].abs().max())
+        # PyTorch's own, of 16-bit inputs on a CPU, is worse than float32's.
+        bound = (2e-5 if dtype == torch.float32 else 1e-4) * (1 + wide[wide.isfinite()].abs().max())
+        assert error.numel() == 0 or error.max() <= bound, name
         step = torch.finfo(found.dtype).eps + 2e-5
         assert (found.cpu().double() - pattern[:, heads]).abs().max() <= step, name
-        step = torch.finfo(rows.dtype).eps + 2e-5
+        step = torch.finfo(dtype).eps + 2e-5
         assert (rows.cpu().double() - pattern[tuple(sites.cpu().T)]).abs().max() <= step, name
         assert not z[0, : size // 2].any() or not rule.causal, name
 

@@ -34,7 +34,10 @@ def test_norms(device, dtype, strides, op, d, is_affine):
     kernel, spec = getattr(norm, op), getattr(reference, op)
     # One channel is its own mean: the gradient is zero, and what is left of it is rounding. Of very
     # many PyTorch's own gradient is worse than its eager one.
-    judge(OPS[op], device, of(kernel), of(spec), inputs, gradients=1 < d <= 1000)
+    # Squares of very many numbers, summed in another order than eager PyTorch's tree of them.
+    floor = 1e-6 if d > 1000 and dtype == torch.float32 else None
+    rest = {"gradients": 1 < d <= 1000, "floor": floor, "smallest": 3.0}
+    judge(OPS[op], device, of(kernel), of(spec), inputs, **rest)
 
 
 @each_dtype
@@ -57,7 +60,7 @@ def test_scales(device, dtype, strides, op, d):
         lambda x: function(x.to(dtype), *none, 1e-5)[1],
         spec,
         [x.float()],
-        floor=2e-6 * float(spec(x.double().cpu()).max()),
+        floor=2e-6,
     )
 
 

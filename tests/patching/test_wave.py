@@ -167,6 +167,25 @@ def test_blocks_of_the_mlp_and_pieces_of_attention(name, monkeypatch):
     check(query)
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "softcap", "local", "bidirectional"])
+def test_prefixes_that_runs_share_are_read_once(name, padding, monkeypatch):
+    """Where prompts are long enough to pay, as here from two keys on."""
+    monkeypatch.setattr(torch_suffix_attention, "SHARED_KEYS", 2)
+    monkeypatch.setattr(torch_suffix_attention, "SHARED_GAIN", 0.0)
+    shared = []
+    real = torch_suffix_attention._Some.shared
+    monkeypatch.setattr(
+        torch_suffix_attention._Some,
+        "shared",
+        lambda self, prefix: shared.append(prefix) or real(self, prefix),
+    )
+    model = ours(name, dtype=torch.float64)
+    query, _ = mixed_plan(model, 3, padding)
+    check(query)
+    assert len(set(shared)) > 1
+
+
 # -- skipped runs --------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ def attention_summary_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one kept head of one example, over every key they see.
 
-    Entropy in nats, and the mass on the keys of each of N_GROUPS groups: those with the query's
+    Entropy in nats, unless it is not asked for, and the mass on the keys of each of N_GROUPS groups: those with the query's
     label; without its own position if the group's bit of STRICT is set. With HAS_LSE weights are
     ``exp(score - lse)``; else the statistics are found on the way, and left in ``lse``.
     ``n_heads`` counts the kept heads, which ``heads`` names.
@@ -141,7 +141,8 @@ def attention_summary_kernel(
         mass = mass / divisor[:, None]
         lse = tl.where(is_blind, -float("inf"), (highest + tl.math.log2(divisor)) * LN_2)
         tl.store(lse_ptr + statistics, lse, mask=is_row)
-    tl.store(entropy_ptr + statistics, entropy, mask=is_row)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + statistics, entropy, mask=is_row)
     if N_GROUPS > 0:
         n_rows = tl.cast(n_batch, tl.int64) * n_heads * n_queries
         tl.store(

@@ -179,16 +179,23 @@ def check_registered_alone(rule, dtype):
 MISTAKES = {
     "the diagonal is hidden": ("key_pos <= query_pos)", "key_pos < query_pos)"),
     "a window one too wide": ("key_pos > query_pos - window", "key_pos >= query_pos - window"),
-    "the first window block skipped": ("// BLOCK_N * BLOCK_N", "// BLOCK_N * BLOCK_N + BLOCK_N"),
+    "the first window block skipped": (
+        "offset + first_row - window + 1) // BLOCK_N",
+        "offset + first_row - window + 1 + BLOCK_N) // BLOCK_N",
+    ),
+    "the first keys of a row skipped": (
+        "query_pos - window + 1) // BLOCK_N",
+        "query_pos - window + 1 + BLOCK_N) // BLOCK_N",
+    ),
     "no rescaling": ("total * shrink + tl.sum", "total + tl.sum"),
     "a sum that fades": ("weights.to(v.dtype), v, mixed", "weights.to(v.dtype), v, 0.99 * mixed"),
     "bare softmax statistics": ("highest + tl.math.log2(divisor)) * LN_2)", "highest) * LN_2)"),
     "wrong head of keys": ("(head // group_size).to", "(head % group_size).to"),
     "the bias of another head": ("head.to(tl.int64) * stride_bias_h", "stride_bias_h"),
-    "the bias of other keys": ("bias_block += tl.cast(first_key", "bias_block += 0 * (first_key"),
+    "the bias of other keys": ("first_key, tl.int64) * stride_bias_n", "first_key, tl.int64)"),
     "the bias of a row below": ("head * stride_bias_h + row * str", "head * stride_bias_h + str"),
     "each row divided by one sum": ("tl.load(lse_ptr + site)", "tl.load(lse_ptr)"),
-    "a row's last key left out": ("(n_keys, query_pos + 1)", "(n_keys, query_pos)"),
+    "a row's last keys left out": ("(n_keys, query_pos + 1)", "(n_keys, query_pos) // 128 * 128"),
     "tanh by the cancelling formula": ("size < 0.625", "size < 0.0"),
     "alibi on the wrong side": ("minimum(key_pos - query_pos", "minimum(query_pos - key_pos"),
 }

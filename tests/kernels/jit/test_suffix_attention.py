@@ -159,7 +159,8 @@ def check_wrong_tiles(which, column, by):
 
     def wrong(*args, **kwargs):
         made = right(*args, **kwargs)
-        made[which].tiles[:, column] += by
+        column_of_all = made[which].tiles[:, column]
+        column_of_all[:] = (column_of_all + by).clip(0)
         return made
 
     suffix_tiles.tiles_of = wrong
@@ -184,8 +185,7 @@ def check_wrong_tiles(which, column, by):
 )
 def test_bounds_of_tiles_that_are_off_are_caught(which, column, by):
     with pytest.raises(AssertionError, match="values differ"):
-        with_poison = {"which": which, "column": column, "by": by}
-        interpreted(check_wrong_tiles_poisoned, **with_poison)
+        interpreted(check_wrong_tiles_poisoned, which=which, column=column, by=by)
 
 
 def check_wrong_tiles_poisoned(**kwargs):
@@ -194,22 +194,36 @@ def check_wrong_tiles_poisoned(**kwargs):
         check_wrong_tiles(**kwargs)
 
 
-def check_unmasked(right, wrong):
-    with mutated("suffix_attention", right, wrong):
-        guarded_suffix(starts=(9, 9, 30), n_pos=33, rule="bidirectional")
+def check_unmasked(right, wrong, at_start=False):
+    def place(tensor):
+        return guarded(tensor, at_start=at_start)
+
+    with mutated("suffix_attention", right, wrong), guarded_outputs():
+        check_suffix(starts=(9, 9, 30), n_pos=33, rule="bidirectional", place=place)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "at_start"),
+    [
+        ("mask=is_key,\n            other=-1,\n", "mask=key_pos >= 0,\n            other=-1,\n", 0),
+        ("is_key = is_key & (packed >= 0)", "is_key = key_pos >= 0", 1),
+    ],
+    ids=["load of the table", "load of keys"],
+)
+def test_a_dropped_mask_hits_a_guard_page(right, wrong, at_start):
+    with pytest.raises(Died):
+        interpreted(check_unmasked, right=right, wrong=wrong, at_start=bool(at_start))
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("            mask=is_key,\n            other=-1,\n", "            other=-1,\n"),
-        (
-            "mixed.to(out_ptr.dtype.element_ty), mask=inside)",
-            "mixed.to(out_ptr.dtype.element_ty), mask=is_channel[None, :])",
-        ),
+        ("element_ty), mask=inside)", "element_ty), mask=is_channel[None, :])"),
+        ("state_ptr + at, mixed, mask=inside)", "state_ptr + at, mixed, mask=is_channel[None, :])"),
     ],
-    ids=["load of the table", "store of the output"],
+    ids=["of the output", "of the state"],
 )
-def test_a_dropped_mask_hits_a_guard_page(right, wrong):
-    with pytest.raises(Died):
+def test_a_store_of_rows_that_a_tile_does_not_have_is_caught(right, wrong):
+    """They are the first row of the output to it, whatever that holds by then."""
+    with pytest.raises(AssertionError, match="values differ"):
         interpreted(check_unmasked, right=right, wrong=wrong)
