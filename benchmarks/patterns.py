@@ -58,7 +58,7 @@ def is_pattern(name: str) -> bool:
     return name.endswith("hook_pattern")
 
 
-# -- memory: each function below runs in a process of its own ---------------------------------------
+# -- memory: each function below runs in a process of its own --------------------------------------
 
 
 class Peak:
@@ -172,7 +172,7 @@ JOBS: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 
-# -- time -------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 def time_of_pattern(sizes: dict[str, int], lengths: dict[str, Any], **options: Any) -> dict:
@@ -254,8 +254,8 @@ def table(record: dict[str, Any]) -> str:
             f"{cache['held']:,.0f} MB | {stored.get(tokens, '')} |"
         )
     lines.append(
-        f"| all patterns of one layer at {n:,} tokens to disk ({rows['file']:,.0f} MB): peak growth "
-        f"| {rows['peak']:,.0f} MB | |"
+        f"| all patterns of one layer at {n:,} tokens to disk ({rows['file']:,.0f} MB): peak "
+        f"growth | {rows['peak']:,.0f} MB | |"
     )
     found = record["machine"]
     lines += [

@@ -1,12 +1,13 @@
 """Attention: grouped or not, rotary, ALiBi or shortformer positions, windows, and all its hooks."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn as nn
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlens.components.attended import Attended, AttentionTap, with_heads_looked_at
 from fastlens.components.kv_cache import TransformerLensKeyValueCacheEntry
 from fastlens.components.layout import (
     from_input_heads,
@@ -23,47 +24,17 @@ from fastlens.components.norms import RMSNorm
 from fastlens.components.position_methods import PositionMethods
 from fastlens.components.rotary_tables import rotary_tables
 from fastlens.config import HookedTransformerConfig
-from fastlens.errors import ConfigError, ShapeError
+from fastlens.errors import ConfigError
 from fastlens.factored_matrix import FactoredMatrix
 from fastlens.hooks.of_heads import heads_looked_at
 from fastlens.hooks.point import HookPoint, is_live
 from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility
 from fastlens.ops.activations import soft_cap
 from fastlens.ops.attention import attention
-from fastlens.ops.attention_pattern import attention_pattern, attention_with_pattern
 from fastlens.ops.rotary import rotary
 from fastlens.tokens import get_offset_position_ids
 
 _ATTEND_METHODS = ("calculate_attention_scores", "calculate_z_scores", "apply_causal_mask")
-
-
-class Attended(NamedTuple):
-    """What the scores of one layer are made of, after QK-norm and rotary.
-
-    Attributes:
-        q: ``[batch, query_pos, head, d_head]``.
-        k: ``[batch, key_pos, kv_head, d_head]``, with the keys of a KV cache.
-        rule, offset, key_mask: As `fastlens.ops.attention.attention` takes them.
-    """
-
-    q: Tensor
-    k: Tensor
-    rule: AttentionRule
-    offset: int
-    key_mask: Tensor | None
-
-
-@runtime_checkable
-class AttentionTap(Protocol):
-    """What a run puts on a layer to make cache entries of its scores and pattern."""
-
-    def fused(self, attended: Attended) -> None:
-        """Attention ran fused on these queries and keys."""
-        ...
-
-    def materialised(self, scores: Tensor, pattern: Tensor) -> None:
-        """Scores and pattern were made, and passed their hooks."""
-        ...
 
 
 class AbstractAttention(PositionMethods, nn.Module):
@@ -88,7 +59,7 @@ class AbstractAttention(PositionMethods, nn.Module):
         "hook_rot_q": "batch pos head d_head",
     }
     # What a run shows this layer's queries and keys to, for its cache.
-    tap: "AttentionTap | None" = None
+    tap: AttentionTap | None = None
     # The leaves that hold keys and values; grouped attention names them with an underscore.
     KEY_VALUE_NAMES = ("W_K", "W_V", "b_K", "b_V")
 
@@ -231,7 +202,9 @@ class AbstractAttention(PositionMethods, nn.Module):
             if self.tap is not None:
                 self.tap.fused(Attended(q.detach(), k.detach(), self.rule, offset, key_mask))
             if heads:
-                z = self._with_heads_looked_at(z, q, k, v, offset, attention_mask, heads)
+                points = self.hook_attn_scores, self.hook_pattern
+                attended = Attended(q, k, self.rule, offset, key_mask)
+                z = with_heads_looked_at(z, v, attended, heads, points)
             return self.hook_z(z)
         scores = self.calculate_attention_scores(q, k)
         scores = self.hook_attn_scores(self._biased(scores, offset, attention_mask, added))
@@ -241,39 +214,6 @@ class AbstractAttention(PositionMethods, nn.Module):
         if self.tap is not None:
             self.tap.materialised(scores.detach(), pattern.detach())
         return self.calculate_z_scores(v, pattern.to(device=v.device, dtype=v.dtype))
-
-    def _with_heads_looked_at(
-        self,
-        z: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        offset: int,
-        attention_mask: Tensor | None,
-        heads: tuple[int, ...],
-    ) -> Tensor:
-        """Show these heads' scores and pattern to their hooks; mix anew what a hook changed."""
-        n_heads = q.shape[2]
-        if heads[-1] >= n_heads:
-            raise ShapeError(
-                f"a hook in layer {self.layer_id} was given head {heads[-1]}, and there are "
-                f"{n_heads} heads, counted from 0."
-            )
-        key_mask = None if attention_mask is None else attention_mask.bool()
-        scores = attention_pattern(
-            q, k, self.rule, heads=heads, offset=offset, key_mask=key_mask, scores=True
-        )
-        seen = _shown(self.hook_attn_scores, scores, heads)
-        pattern = torch.softmax(scores if seen is None else seen, -1)
-        pattern = pattern.masked_fill(pattern.isnan(), 0.0)
-        edited = _shown(self.hook_pattern, pattern, heads)
-        if seen is None and edited is None:
-            return z
-        pattern = pattern if edited is None else edited
-        index = torch.tensor(heads, device=z.device)
-        pattern = pattern.to(device=v.device, dtype=v.dtype)
-        mixed = attention_with_pattern(pattern, v, heads=heads, n_heads=n_heads)
-        return z.index_copy(2, index, mixed)
 
     @property
     def rule(self) -> AttentionRule:
@@ -296,7 +236,7 @@ class AbstractAttention(PositionMethods, nn.Module):
         return self.is_fused
 
     def _heads_looked_at(self) -> tuple[int, ...] | None:
-        """The heads whose scores or pattern hooks see; None for all, or where a step is not ours."""
+        """The heads whose scores or pattern hooks see; None for all, or if a step is not ours."""
         in_scores = heads_looked_at(self.hook_attn_scores)
         in_pattern = heads_looked_at(self.hook_pattern)
         if in_scores is None or in_pattern is None:
@@ -544,19 +484,6 @@ class GroupedQueryAttention(AbstractAttention):
     def __setattr__(self, name: str, value: Any) -> None:
         # TransformerLens lets W_K be assigned: it replaces the grouped leaf.
         super().__setattr__(f"_{name}" if f"_{name}" in self.KEY_VALUE_NAMES else name, value)
-
-
-def _shown(point: HookPoint, activation: Tensor, heads: tuple[int, ...]) -> Tensor | None:
-    """What a hook on some heads made of them; None if they are as they were."""
-    if not is_live(point):
-        return None
-    version = activation._version
-    point.held_heads = heads
-    try:
-        answer = point(activation)
-    finally:
-        point.held_heads = None
-    return None if answer is activation and activation._version == version else answer
 
 
 def _storage_shape(leaf: Tensor) -> tuple[int, int]:

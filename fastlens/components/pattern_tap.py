@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlens.components.attention import Attended
+from fastlens.components.attended import Attended
 from fastlens.hooks.capture import CaptureSpec, capture, check_heads, without_batch
 from fastlens.hooks.derived import CacheDict, Derived, Rows
 from fastlens.hooks.point import HookPoint

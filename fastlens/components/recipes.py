@@ -19,7 +19,15 @@ NORMS = (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre)
 # As they were defined: a class, too, can have its method replaced.
 _FORWARDS = {
     kind: kind.forward
-    for kind in (*NORMS, MLP, GatedMLP, TransformerBlock, BertBlock, Attention, GroupedQueryAttention)
+    for kind in (
+        *NORMS,
+        MLP,
+        GatedMLP,
+        TransformerBlock,
+        BertBlock,
+        Attention,
+        GroupedQueryAttention,
+    )
 }
 
 

@@ -67,8 +67,8 @@ class CapturePlan:
     """
 
     cache: dict[str, Tensor]
-    fwd: list[tuple[str | Callable[[str], bool], HookFunction]]
-    bwd: list[tuple[str | Callable[[str], bool], HookFunction]]
+    fwd: Sequence[tuple[str | Callable[[str], bool], HookFunction]]
+    bwd: Sequence[tuple[str | Callable[[str], bool], HookFunction]]
     taps: list[tuple[Any, Any]] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -97,7 +97,7 @@ def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Tensor:
         axis = head_axis(point, kept.ndim)
         assert axis is not None
         check_heads(heads, kept.shape[axis], point.name)
-        choices[axis] = Slice(heads)
+        choices[axis] = Slice([*heads])
     if spec.pos_slice.mode != "identity":
         pos = point.axis("pos", kept.ndim)
         pos = point.axis("query_pos", kept.ndim) if pos is None else pos

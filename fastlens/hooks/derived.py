@@ -146,7 +146,9 @@ class CacheDict(dict[str, Tensor]):
 
     def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
         """The activation, or ``default``."""
-        return self[name] if name in self else default
+        if name not in self:
+            return default
+        return self[name]
 
     def pop(self, name: str, *default: Any) -> Any:  # type: ignore[override]
         """The activation, taken out."""

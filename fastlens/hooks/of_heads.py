@@ -43,7 +43,9 @@ class OfHeads:
     def __call__(self, activation: Tensor, hook: Any) -> Tensor | None:
         axis = head_axis(hook, activation.ndim)
         if axis is None:
-            raise ShapeError(f"{hook.name!r} has no head axis ({hook.axes}), so OfHeads cannot act.")
+            raise ShapeError(
+                f"{hook.name!r} has no head axis ({hook.axes}), so OfHeads cannot act."
+            )
         held = hook.held_heads
         if held is None:
             held = tuple(range(activation.shape[axis]))

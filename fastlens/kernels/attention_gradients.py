@@ -16,7 +16,6 @@ from fastlens.kernels import reference_attention as reference
 from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.score_blocks import Block, ScoreBlocks, kept, rows_of, softmax
 
-
 # Elements of keys that are gathered at a time for single rows.
 GATHERED = 2**22
 

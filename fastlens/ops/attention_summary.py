@@ -94,7 +94,8 @@ def attention_summary(
         kernel = kernel_for("attention_summary", q.device.type, q.dtype)
         found = kernel(q, k, rule, heads, offsets, groups, offset, key_mask, bias)
     blocks = ScoreBlocks(q, k, rule, heads, None, offset, key_mask, bias)
-    return AttentionSummary(*found, *_largest(blocks, top_k))
+    entropy, on_offsets, on_groups = found
+    return AttentionSummary(entropy, on_offsets, on_groups, *_largest(blocks, top_k))
 
 
 def _largest(blocks: ScoreBlocks, top_k: int) -> tuple[Tensor, Tensor]:

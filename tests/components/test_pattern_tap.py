@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlens.components.attention import Attended
+from fastlens.components.attended import Attended
 from fastlens.components.pattern_tap import PatternTap
 from fastlens.errors import ShapeError
 from fastlens.hooks.capture import CaptureSpec

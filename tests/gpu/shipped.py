@@ -12,7 +12,7 @@ from tests.gpu.judged import padding
 # The leanest kernel and the one with every switch on.
 RULES = {
     "causal": AttentionRule(8.0),
-    "everything": AttentionRule(8.0, window=64, soft_cap=30.0, alibi=True),
+    "everything": AttentionRule(8.0, window=128, soft_cap=30.0, alibi=True),
 }
 D_HEADS = (16, 32, 64, 80, 128, 256)
 MATRIX_D_HEADS = (16, 32, 64, 128, 256)

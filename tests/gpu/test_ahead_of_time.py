@@ -31,13 +31,33 @@ def test_attention(target, d_head, dtype, rule):
     assert not compiling(compile_attention, target=target, d_head=d_head, dtype=dtype, rule=rule)
 
 
+def compile_all(target, kind):
+    """Faults of every launch of ``shipped.<kind>()``, by what asked for it."""
+    found = {}
+    for name, call in getattr(shipped, kind)():
+        for number, launch in enumerate(launches_of(call)):
+            # float32 products are exact, and one product a row needs no matrix.
+            wants_matrix = "float32" not in name and "offset_mass" not in launch.kernel.fn.__name__
+            compiled = compile_for(launch, TARGETS[target])
+            what = faults(compiled, TARGETS[target], wants_matrix=wants_matrix)
+            found[f"{name}, launch {number}"] = what
+    return len(found), {name: what for name, what in found.items() if what}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kind", "count"), [("biased", 10), ("summaries", 34), ("suffix", 44)])
+def test_attention_of_other_kinds(target, kind, count):
+    assert compiling(compile_all, target=target, kind=kind) == (count, {})
+
+
 def compile_others(target):
     found = {}
     for name, call in shipped.others():
-        (launch,) = launches_of(call)
-        compiled = compile_for(launch, TARGETS[target])
-        found[name] = faults(compiled, TARGETS[target], wants_matrix=False)
-    assert len(found) > 30
+        for number, launch in enumerate(launches_of(call)):
+            compiled = compile_for(launch, TARGETS[target])
+            what = faults(compiled, TARGETS[target], wants_matrix=False)
+            found[f"{name}, launch {number}"] = what
+    assert len(found) > 40
     return {name: what for name, what in found.items() if what}
 
 
@@ -46,19 +66,52 @@ def test_kernels_without_matrix_products(target):
     assert not compiling(compile_others, target=target)
 
 
-def table_is_covered():
-    from fastlens.kernels.triton_attention import BLOCKS
+def tables_are_covered():
+    """Which rows of the launchers' tables of blocks were compiled: all of them?"""
+    from fastlens.kernels import (
+        triton_attention,
+        triton_attention_summary,
+        triton_suffix_attention,
+    )
 
     compiled = {
         (torch.empty(0, dtype=dtype).element_size(), max(16, 1 << (d_head - 1).bit_length()))
         for dtype in shipped.DTYPES
         for d_head in shipped.D_HEADS
     }
-    return compiled == set(BLOCKS)
+    narrow = {
+        (torch.empty(0, dtype=dtype).element_size(), d_head)
+        for dtype in (torch.bfloat16, torch.float32)
+        for d_head in shipped.MATRIX_D_HEADS
+    }
+    return {
+        "attention": compiled == set(triton_attention.BLOCKS),
+        "with bias": narrow >= set(triton_attention.BLOCKS_WITH_BIAS),
+        "summary": narrow == set(triton_attention_summary.BLOCKS),
+        "suffix": narrow == set(triton_suffix_attention.BLOCKS),
+        "suffix of few": narrow == set(triton_suffix_attention.BLOCKS_OF_FEW),
+    }
 
 
-def test_every_row_of_the_table_of_blocks_is_compiled():
-    assert compiling(table_is_covered)
+def test_every_row_of_the_tables_of_blocks_is_compiled():
+    assert all(compiling(tables_are_covered).values())
+
+
+def launches_of_suffix():
+    """(BLOCK_M, leaves its state, starts from one) of the launches for many rows and for one."""
+    wanted = "BLOCK_M", "LEAVES_STATE", "HAS_STATE"
+    return [
+        [tuple(launch.arguments[name] for name in wanted) for launch in launches_of(call)]
+        for call in (
+            shipped.suffix_attention(64, torch.bfloat16, "everything", n_rows) for n_rows in (17, 1)
+        )
+    ]
+
+
+def test_both_launches_of_the_suffix_kernel_are_compiled():
+    many, one = compiling(launches_of_suffix)
+    assert many == [(64, True, False), (64, False, True)]
+    assert one == [(64, True, False), (16, False, True)]
 
 
 def compile_badly():

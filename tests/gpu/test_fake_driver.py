@@ -16,6 +16,11 @@ pytestmark = NEEDS_TRITON
 def calls():
     yield "attention", shipped.attention(64, torch.bfloat16, "causal")
     yield "attention with all", shipped.attention(80, torch.float16, "everything")
+    bias = shipped.attention(64, torch.bfloat16, "everything", is_biased=True)
+    yield "attention with a bias", bias
+    yield "summary", shipped.summary(64, torch.bfloat16, "everything")
+    yield "suffix", shipped.suffix_attention(64, torch.bfloat16, "everything", 17)
+    yield "suffix of few rows", shipped.suffix_attention(64, torch.bfloat16, "causal", 1)
     wanted = ("pattern_rows 80 everything", "layer_norm 768", "rms_norm 64", "rotary 80")
     yield from (pair for pair in shipped.others() if pair[0].startswith(wanted))
 
@@ -24,16 +29,17 @@ def bound(target):
     """For each launch: whether the JIT compiles the very code that was compiled ahead of time."""
     same = {}
     for name, call in calls():
-        (launch,) = launches_of(call)
-        kernel = warm_up(launch, target)
-        same[name] = assembly(kernel) == assembly(compile_for(launch, TARGETS[target]))
+        for number, launch in enumerate(launches_of(call)):
+            kernel = warm_up(launch, target)
+            proven = assembly(compile_for(launch, TARGETS[target]))
+            same[f"{name}, launch {number}"] = assembly(kernel) == proven
     return same
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_jit_binds_and_compiles_what_was_proven(target):
     same = alone(bound, target=target)
-    assert len(same) >= 7 and all(same.values()), same
+    assert len(same) >= 16 and all(same.values()), same
 
 
 def bind_wrongly():

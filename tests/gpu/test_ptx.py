@@ -8,7 +8,14 @@ import re
 import pytest
 import torch
 
-from tests.gpu.judged import RULES, check_attention, check_norm, check_rotary
+from tests.gpu.judged import (
+    RULES,
+    check_attention,
+    check_norm,
+    check_rotary,
+    check_suffix,
+    check_summary,
+)
 from tests.gpu.launches import all_modules, instead_of_launching, launches_of
 from tests.gpu.marks import NEEDS_TRITON
 from tests.gpu.mutation import mutated
@@ -61,6 +68,61 @@ def test_attention_strides(strides, dtype):
     compiling(executed, judge=check_attention, kwargs={**kwargs, "heads": 4})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bias", "rule"), [("each", "everything"), ("of examples", "causal")])
+def test_attention_biases(bias, rule, dtype):
+    kwargs = {"bias": bias, "rule": rule, "dtype": dtype, "is_padded": rule == "everything"}
+    kwargs |= {"n_queries": 20, "n_keys": 75, "d_head": 32}
+    compiling(executed, judge=check_attention, kwargs=kwargs)
+
+
+@pytest.mark.parametrize("rule", ["causal", "bidirectional", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_summary_rules(rule, dtype):
+    kwargs = {"rule": rule, "dtype": dtype, "is_padded": rule == "everything", "kv_heads": 1}
+    kwargs |= {"n_queries": 66, "n_keys": 75, "heads": 2, "d_head": 32}
+    compiling(executed, judge=check_summary, kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
+    ("d_head", "strides", "bias"),
+    [
+        (16, "sliced", ""),
+        (80, "transposed", "of heads"),
+        (128, "whole", "each"),
+        (256, "sliced", ""),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_summary_head_sizes(d_head, strides, bias, dtype):
+    kwargs = {"d_head": d_head, "strides": strides, "bias": bias, "dtype": dtype, "heads": 2}
+    kwargs |= {"n_queries": 5, "n_keys": 40, "kv_heads": 1}
+    compiling(executed, judge=check_summary, kwargs=kwargs)
+
+
+# Branches from two positions on: prefixes of 20 and 40 keys are shared by three each.
+STARTS = (20, 20, 20, 40, 40, 40)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_suffix_rules(rule, dtype):
+    kwargs = {"rule": rule, "dtype": dtype, "is_padded": rule == "everything"}
+    kwargs |= {"starts": STARTS, "n_pos": 66, "kv_heads": 1, "d_head": 32}
+    compiling(executed, judge=check_suffix, kwargs=kwargs)
+
+
+@pytest.mark.parametrize("d_head", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("strides", ["sliced", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_suffix_head_sizes(d_head, strides, dtype):
+    """Of one row a branch, and all of it in one launch."""
+    kwargs = {"d_head": d_head, "strides": strides, "dtype": dtype, "starts": (39,) * 4}
+    kwargs |= {"n_pos": 40, "wanted": [([2, 3, 4, 5], 39, 40)], "kv_heads": 1}
+    for state_cost in (0, 10**6):
+        compiling(executed, judge=check_suffix, kwargs={**kwargs, "state_cost": state_cost})
+
+
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [1, 64, 129, 1000])
@@ -78,31 +140,50 @@ def test_rotary(adjacent_pairs, dtype):
 # -- broken on purpose ---------------------------------------------------------------------------
 
 # Several key blocks, so that shared memory is used again.
-LOOPING = {"n_queries": 64, "n_keys": 200, "d_head": 64, "heads": 1, "kv_heads": 1}
+LOOPING = {
+    "attention": {"n_queries": 64, "n_keys": 200, "d_head": 64, "heads": 1, "kv_heads": 1},
+    "summary": {"n_queries": 64, "n_keys": 200, "d_head": 64, "heads": 1, "kv_heads": 1},
+    "suffix": {"starts": (150,) * 3, "n_pos": 220, "d_head": 64, "heads": 1, "kv_heads": 1},
+}
+JUDGES = {"attention": check_attention, "summary": check_summary, "suffix": check_suffix}
+KERNELS = {
+    "attention": "attention_fwd",
+    "summary": "attention_summary",
+    "suffix": "suffix_attention",
+}
+# Rows of branches alone: those of whole runs would look at the same code again.
+LOOPING["suffix"]["wanted"] = [([2, 3, 4], 150, 220)]
 
 
-def outcome(kwargs, pattern, replacement, number, kernel="attention"):
+def outcome(of, kwargs, pattern, replacement, number):
     """What is said when the ``number``-th match in the PTX is replaced; None if nothing is."""
+    n_found = 0
 
     def edit(text):
+        nonlocal n_found
         matches = list(re.finditer(pattern, text))
+        if number >= len(matches):
+            return text
+        n_found += 1
         match = matches[number]
         return text[: match.start()] + match.expand(replacement) + text[match.end() :]
 
     try:
-        executed(check_attention, kwargs, edit, kernel)
+        executed(JUDGES[of], kwargs, edit, KERNELS[of])
     except (PtxError, AssertionError) as error:
         return f"{type(error).__name__}: {error}"
+    if not n_found:
+        raise IndexError(number)
     return None
 
 
-def outcomes(pattern, replacement, dtype, most=8, **more):
-    """Of each match in turn."""
+def outcomes(pattern, replacement, dtype, most=8, of="attention", **more):
+    """Of each match in turn, in every launch that has so many."""
     found = []
-    kwargs = {**LOOPING, "dtype": dtype, **more}
+    kwargs = {**LOOPING[of], "dtype": dtype, **more}
     while len(found) < most:
         try:
-            found.append(outcome(kwargs, pattern, replacement, len(found)))
+            found.append(outcome(of, kwargs, pattern, replacement, len(found)))
         except IndexError:
             break
     return found
@@ -111,24 +192,28 @@ def outcomes(pattern, replacement, dtype, most=8, **more):
 BARRIER = r"bar\.sync\s+0;"
 
 
-def test_dropped_barriers_are_caught():
+@pytest.mark.parametrize("of", JUDGES)
+def test_dropped_barriers_are_caught(of):
     """All but one, before the output is rearranged: no access on its two sides meets."""
-    found = compiling(outcomes, pattern=BARRIER, replacement="", dtype=torch.bfloat16)
+    found = compiling(outcomes, pattern=BARRIER, replacement="", dtype=torch.bfloat16, of=of)
     caught = [said for said in found if said is not None]
     assert len(found) >= 4 and len(caught) >= len(found) - 1, found
     assert all("race" in said or "asynchronous" in said for said in caught), caught
 
 
-def test_dropped_waits_are_caught():
+@pytest.mark.parametrize("of", JUDGES)
+def test_dropped_waits_are_caught(of):
     pattern = r"cp\.async\.wait_group\s+\d+;"
-    found = compiling(outcomes, pattern=pattern, replacement="", dtype=torch.bfloat16)
+    found = compiling(outcomes, pattern=pattern, replacement="", dtype=torch.bfloat16, of=of)
     assert found and "asynchronous" in str(found[0]), found
     assert all(said is not None for said in found), found
 
 
-def test_a_wait_for_one_group_too_few_is_caught():
+@pytest.mark.parametrize("of", JUDGES)
+def test_a_wait_for_one_group_too_few_is_caught(of):
     found = compiling(
         outcomes,
+        of=of,
         pattern=r"(cp\.async\.wait_group\s+)(\d+);",
         replacement=r"\g<1>9;",
         dtype=torch.bfloat16,
@@ -169,9 +254,9 @@ def test_a_wrong_instruction_is_caught(pattern, replacement, caught_as):
         assert len(caught) == len(found), found
 
 
-def source_mistake(right, wrong, kwargs):
-    with mutated("attention", right, wrong):
-        executed(check_attention, kwargs)
+def source_mistake(right, wrong, kwargs, of="attention", module="attention"):
+    with mutated(module, right, wrong):
+        executed(JUDGES[of], kwargs)
 
 
 @pytest.mark.parametrize(
@@ -189,18 +274,45 @@ def test_an_index_that_is_off_is_caught(right, wrong):
         compiling(source_mistake, right=right, wrong=wrong, kwargs=kwargs)
 
 
+SUFFIX_MISTAKES = {
+    "a table read past its end": (
+        "            mask=is_key,\n            other=-1,\n",
+        "            mask=key_pos >= 0,\n            other=-1,\n",
+        "out-of-bounds",
+    ),
+    "rows of no branch": ("packed >= 0", "packed >= -9", "out-of-bounds"),
+    "entries of the next tile": ("in_tile < n_entries", "in_tile < n_entries + 1", "out-of|blocks"),
+    "rows in one place": ("written = out_row * n_heads + head", "written = out_row", "two blocks"),
+    "no merge": ("tl.where(has_state, 1.0, 0.0)", "tl.where(has_state, 0.0, 0.0)", "values differ"),
+    "a prefix one short": ("key_pos < high\n", "key_pos < high - LEAVES_STATE\n", "values differ"),
+}
+
+
+@pytest.mark.parametrize("mistake", SUFFIX_MISTAKES)
+def test_a_mistake_of_the_suffix_kernel_is_caught(mistake):
+    right, wrong, said = SUFFIX_MISTAKES[mistake]
+    kwargs = {"starts": STARTS, "n_pos": 45, "is_padded": mistake == "rows of no branch"}
+    kwargs |= {"rule": "bidirectional" if mistake == "a table read past its end" else "causal"}
+    with pytest.raises((PtxError, AssertionError), match=said):
+        compiling(
+            source_mistake,
+            **{"right": right, "wrong": wrong, "kwargs": kwargs},
+            **{"of": "suffix", "module": "suffix_attention"},
+        )
+
+
 def launch_elsewhere():
     """Compiled for strides divisible by 16, run with one that is not."""
-    from fastlens.kernels import triton_attention
     from fastlens.kernels.masks import AttentionRule
+    from fastlens.kernels.triton_attention_lse import attention_lse
     from tests.gpu.ahead_of_time import TARGETS, assembly, compile_for
     from tests.gpu.ptx import run_ptx
 
     x = torch.randn(1, 64, 1, 64).bfloat16()
     rule = AttentionRule(8.0)
-    (launch,) = launches_of(lambda: triton_attention.attention_with_lse(x, x, x, rule))
+    (launch,) = launches_of(lambda: attention_lse(x, x, x, rule))
     odd = torch.randn(1, 64, 1, 65).bfloat16()[..., :64]
-    (other,) = launches_of(lambda: triton_attention.attention_with_lse(odd, odd, odd, rule))
+    (other,) = launches_of(lambda: attention_lse(odd, odd, odd, rule))
     compiled = compile_for(launch, TARGETS["sm_80"])
     names = [name for name, kind in launch.signature()[0].items() if kind != "constexpr"]
     arguments = [other.arguments[name] for name in names]

@@ -123,7 +123,7 @@ def test_a_source_edited_afterwards():
 def test_sources_are_let_go_when_read():
     cache, source, _ = made()
     entry = cache.entry("b")
-    assert list(entry.held())[0] is source
+    assert next(entry.held()) is source
     value = entry.read()
     assert [held is value for held in entry.held()] == [True]
 

@@ -135,7 +135,9 @@ def test_gradients_reach_through_the_edited_head():
     for hook in (OfHeads(first_row_gone, [3, 1]), by_hand):
         model.zero_grad()
         model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(PATTERN, hook)]).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        grads.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     assert_close_to(grads[0], grads[1], atol=1e-12)
 
 

@@ -6,7 +6,14 @@ import itertools
 import pytest
 import torch
 
-from fastlens.kernels import reference, score_blocks, torch_attention, torch_attention_lse
+from fastlens.kernels import (
+    masks,
+    reference,
+    score_blocks,
+    torch_attention,
+    torch_attention_lse,
+    torch_attention_pattern,
+)
 from fastlens.kernels.masks import AttentionRule, KeyGroup
 from tests.close import assert_close_to, assert_no_worse
 from tests.kernels.attention_cases import HEADS, RULES, SIZES, added, biases, padding, qkv
@@ -262,3 +269,33 @@ def test_summaries(kernel, rule, size, dtype, blocks):
         truth = reference.attention_summary(q.double(), k.double(), *rest)
         for got, plain, want in zip(found, eager, truth, strict=True):
             assert_as_good(got, plain, want, dtype, floor=4 * torch.finfo(got.dtype).eps)
+
+
+# -- the tests themselves --------------------------------------------------------------------------
+
+MISTAKES = {
+    "a key too many": (
+        "visibility",
+        lambda rule, queries, keys, mask: masks.visibility(rule, queries + 1, keys, mask),
+    ),
+    "the keys of another group": (
+        "shared_kv_heads",
+        lambda heads, group: ([head % 2 for head in heads], 1),
+    ),
+    "NaN for a row without keys": ("softmax", lambda scores, *_: torch.softmax(scores, -1)),
+    "slopes of other heads": (
+        "alibi_slopes",
+        lambda n, *rest: masks.alibi_slopes(2 * n, *rest)[:n],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_caught(mistake, monkeypatch):
+    (kernel,) = (kernel.values[0] for kernel in cpu_kernels("attention_pattern"))
+    name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(score_blocks, name, wrong)
+    if name == "softmax":
+        monkeypatch.setattr(torch_attention_pattern, name, wrong)
+    with pytest.raises(AssertionError, match="values differ"):
+        test_patterns(kernel, RULES["everything"], SIZES["square"], "all", None)

@@ -5,7 +5,13 @@ import itertools
 import pytest
 import torch
 
-from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility, visible_keys
+from fastlens.kernels.masks import (
+    AttentionRule,
+    alibi_slopes,
+    visibility,
+    visible_keys,
+    with_lengths,
+)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -38,3 +44,12 @@ def test_nothing_to_mask_is_none():
 def test_alibi_slopes_of_eight_heads_are_powers_of_one_half():
     slopes = alibi_slopes(8, torch.device("cpu"), torch.float64)
     assert torch.allclose(slopes, torch.tensor([2.0**-n for n in range(1, 9)], dtype=torch.float64))
+
+
+def test_lengths_hide_the_keys_behind_them():
+    lengths = torch.tensor([0, 2, 5])
+    counted = with_lengths(None, lengths, 3)
+    assert counted.tolist() == [[False] * 3, [True, True, False], [True] * 3]
+    mask = torch.tensor([[True, False, True]]).expand(3, -1)
+    assert torch.equal(with_lengths(mask, lengths, 3), counted & mask)
+    assert with_lengths(mask, None, 3) is mask and with_lengths(None, None, 3) is None

@@ -154,7 +154,11 @@ def test_only_chosen_heads_and_rows_are_made():
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(o.numel() for o in (out if isinstance(out, tuple) else [out]) if isinstance(o, Tensor))
+            sizes.extend(
+                o.numel()
+                for o in (out if isinstance(out, tuple) else [out])
+                if isinstance(o, Tensor)
+            )
             return out
 
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(3)]

@@ -21,7 +21,7 @@ from fastlens.ops import dispatch
 HERE = Path(__file__).parent
 GIVEN = os.environ.get("FASTLENS_TEST_DEVICE", "cuda")
 # Of each test function, so many of its cases run on the CPU in every run; the others are ``full``.
-SAMPLED = 5
+SAMPLED = 3
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -63,7 +63,9 @@ def test_odd_lengths(n, rule):
     )
     for given_lse in (None, lse):
         found = attention_pattern(q, k, RULES[rule], [3, 0], lse=given_lse)
-        assert_no_worse(found, eager, truth)
+        # A log-sum-exp of float32 has an error of its own.
+        step = None if given_lse is None else 4e-7 * max(1.0, float(lse.abs().max()))
+        assert_no_worse(found, eager, truth, floor=step)
 
 
 @given(st.data())

@@ -1,0 +1,92 @@
+"""What attention's scores are made of, for those who look at some of them."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlens.errors import ShapeError
+from fastlens.hooks.point import HookPoint, is_live
+from fastlens.kernels.masks import AttentionRule
+from fastlens.ops.attention_pattern import attention_pattern, attention_with_pattern
+
+
+class Attended(NamedTuple):
+    """What the scores of one layer are made of, after QK-norm and rotary.
+
+    Attributes:
+        q: ``[batch, query_pos, head, d_head]``.
+        k: ``[batch, key_pos, kv_head, d_head]``, with the keys of a KV cache.
+        rule, offset, key_mask: As `fastlens.ops.attention.attention` takes them.
+    """
+
+    q: Tensor
+    k: Tensor
+    rule: AttentionRule
+    offset: int
+    key_mask: Tensor | None
+
+
+@runtime_checkable
+class AttentionTap(Protocol):
+    """What a run puts on a layer to make cache entries of its scores and pattern."""
+
+    def fused(self, attended: Attended) -> None:
+        """Attention ran fused on these queries and keys."""
+        ...
+
+    def materialised(self, scores: Tensor, pattern: Tensor) -> None:
+        """Scores and pattern were made, and passed their hooks."""
+        ...
+
+
+def with_heads_looked_at(
+    z: Float[Tensor, "batch query_pos head d_head"],
+    v: Float[Tensor, "batch key_pos kv_head d_head"],
+    attended: Attended,
+    heads: tuple[int, ...],
+    points: tuple[HookPoint, HookPoint],
+) -> Float[Tensor, "batch query_pos head d_head"]:
+    """Show these heads' scores and pattern to their hooks; mix anew what a hook changed.
+
+    Args:
+        z: What attention gave, fused.
+        heads: Indices, rising.
+        points: Where scores and pattern pass.
+
+    Raises: ShapeError for a head that is not there.
+    """
+    q, k, rule, offset, key_mask = attended
+    in_scores, in_pattern = points
+    if heads[-1] >= q.shape[2]:
+        raise ShapeError(
+            f"a hook on {in_pattern.name!r} or the scores was given head {heads[-1]}, and there "
+            f"are {q.shape[2]} heads, counted from 0."
+        )
+    scores = attention_pattern(
+        q, k, rule, heads=heads, offset=offset, key_mask=key_mask, scores=True
+    )
+    seen = _shown(in_scores, scores, heads)
+    pattern = torch.softmax(scores if seen is None else seen, -1)
+    pattern = pattern.masked_fill(pattern.isnan(), 0.0)
+    edited = _shown(in_pattern, pattern, heads)
+    if seen is None and edited is None:
+        return z
+    pattern = pattern if edited is None else edited
+    pattern = pattern.to(device=v.device, dtype=v.dtype)
+    mixed = attention_with_pattern(pattern, v, heads=heads, n_heads=q.shape[2])
+    return z.index_copy(2, torch.tensor(heads, device=z.device), mixed)
+
+
+def _shown(point: HookPoint, activation: Tensor, heads: tuple[int, ...]) -> Tensor | None:
+    """What a hook on some heads made of them; None if they are as they were."""
+    if not is_live(point):
+        return None
+    version = activation._version
+    point.held_heads = heads
+    try:
+        answer = point(activation)
+    finally:
+        point.held_heads = None
+    return None if answer is activation and activation._version == version else answer
