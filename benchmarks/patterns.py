@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ FULL = {"n_layers": 12, "d_model": 768, "d_head": 64, "n_heads": 12, "d_vocab": 
 TINY = {"n_layers": 2, "d_model": 64, "d_head": 8, "n_heads": 8, "d_vocab": 100}
 LENGTHS = {"pattern": 2048, "caches": [1024, 4096], "rows": 8192}
 TINY_LENGTHS = {"pattern": 64, "caches": [32, 64], "rows": 256}
+CASES = ("fastlens forward", "fastlens", "TransformerLens forward", "TransformerLens")
 MB = 1e6
 
 
@@ -222,8 +223,7 @@ def measure(is_smoke: bool) -> dict[str, Any]:
     options = {"seconds": 0.1, "min_rounds": 2} if is_smoke else {"seconds": 60.0, "min_rounds": 9}
     record: dict[str, Any] = {"machine": machine("cpu"), "lengths": lengths}
     record["time"] = time_of_pattern(sizes, lengths, **options)
-    cases = ("fastlens forward", "fastlens", "TransformerLens forward", "TransformerLens")
-    record["pattern"] = {whose: in_a_process(["pattern", whose], is_smoke) for whose in cases}
+    record["pattern"] = {whose: in_a_process(["pattern", whose], is_smoke) for whose in CASES}
     record["caches"] = {
         str(length): in_a_process(["cache", str(length)], is_smoke) for length in lengths["caches"]
     }
@@ -267,13 +267,13 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag in ("--write", "--readme", "--smoke"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--job")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     sizes, lengths = (TINY, TINY_LENGTHS) if args.smoke else (FULL, LENGTHS)
     if args.job:
         name, *rest = json.loads(args.job)

@@ -1,5 +1,6 @@
 """What attention's scores are made of, for those who look at some of them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +19,7 @@ class Attended(NamedTuple):
     Attributes:
         q: ``[batch, query_pos, head, d_head]``.
         k: ``[batch, key_pos, kv_head, d_head]``, with the keys of a KV cache.
-        rule, offset, key_mask: As `fastlens.ops.attention.attention` takes them.
+        rule, offset, key_mask, bias: As `fastlens.ops.attention.attention` takes them.
     """
 
     q: Tensor
@@ -26,6 +27,12 @@ class Attended(NamedTuple):
     rule: AttentionRule
     offset: int
     key_mask: Tensor | None
+    bias: Tensor | None = None
+
+    def detached(self) -> "Attended":
+        """The same without a graph behind it."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(q=self.q.detach(), k=self.k.detach(), bias=bias)
 
 
 @runtime_checkable
@@ -57,7 +64,7 @@ def with_heads_looked_at(
 
     Raises: ShapeError for a head that is not there.
     """
-    q, k, rule, offset, key_mask = attended
+    q, k, rule, offset, key_mask, bias = attended
     in_scores, in_pattern = points
     if heads[-1] >= q.shape[2]:
         raise ShapeError(
@@ -65,7 +72,7 @@ def with_heads_looked_at(
             f"are {q.shape[2]} heads, counted from 0."
         )
     scores = attention_pattern(
-        q, k, rule, heads=heads, offset=offset, key_mask=key_mask, scores=True
+        q, k, rule, heads=heads, offset=offset, key_mask=key_mask, bias=bias, scores=True
     )
     seen = _shown(in_scores, scores, heads)
     pattern = torch.softmax(scores if seen is None else seen, -1)
@@ -77,6 +84,17 @@ def with_heads_looked_at(
     pattern = pattern.to(device=v.device, dtype=v.dtype)
     mixed = attention_with_pattern(pattern, v, heads=heads, n_heads=q.shape[2])
     return z.index_copy(2, torch.tensor(heads, device=z.device), mixed)
+
+
+def sum_of(
+    added: Sequence[Float[Tensor, "#batch #head #query_pos key_pos"]], n_queries: int
+) -> Float[Tensor, "#batch #head query_pos key_pos"] | None:
+    """All that is added to the scores, as one bias; None if nothing is."""
+    if not added:
+        return None
+    bias = added[0] if len(added) == 1 else sum(added[1:], added[0])
+    # A padding mask is one row for all queries: no copy of it is made.
+    return bias.expand(-1, -1, n_queries, -1)
 
 
 def _shown(point: HookPoint, activation: Tensor, heads: tuple[int, ...]) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch.nn as nn
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlens.components.attended import Attended, AttentionTap, with_heads_looked_at
+from fastlens.components.attended import Attended, AttentionTap, sum_of, with_heads_looked_at
 from fastlens.components.kv_cache import TransformerLensKeyValueCacheEntry
 from fastlens.components.layout import (
     from_input_heads,
@@ -195,15 +195,16 @@ class AbstractAttention(PositionMethods, nn.Module):
         added: list[Tensor],
     ) -> Tensor:
         """Values mixed by attention: fused but for the heads whose scores or pattern are seen."""
-        heads = None if added else self._heads_looked_at()
-        key_mask = None if attention_mask is None else attention_mask.bool()
+        heads = self._heads_looked_at()
         if heads is not None:
-            z = attention(q, k, v, self.rule, offset, key_mask)
+            key_mask = None if attention_mask is None else attention_mask.bool()
+            bias = sum_of(added, q.shape[1])
+            z = attention(q, k, v, self.rule, offset, key_mask, bias)
+            attended = Attended(q, k, self.rule, offset, key_mask, bias)
             if self.tap is not None:
-                self.tap.fused(Attended(q.detach(), k.detach(), self.rule, offset, key_mask))
+                self.tap.fused(attended.detached())
             if heads:
                 points = self.hook_attn_scores, self.hook_pattern
-                attended = Attended(q, k, self.rule, offset, key_mask)
                 z = with_heads_looked_at(z, v, attended, heads, points)
             return self.hook_z(z)
         scores = self.calculate_attention_scores(q, k)
@@ -231,9 +232,6 @@ class AbstractAttention(PositionMethods, nn.Module):
     def is_fused(self) -> bool:
         """Whether nobody looks at scores or pattern, and their steps are our own."""
         return self._heads_looked_at() == ()
-
-    def _is_fused(self) -> bool:
-        return self.is_fused
 
     def _heads_looked_at(self) -> tuple[int, ...] | None:
         """The heads whose scores or pattern hooks see; None for all, or if a step is not ours."""

@@ -65,8 +65,7 @@ class BertBlock(nn.Module):
         """The normalised stream after this block.
 
         Args:
-            additive_attention_mask: Added to the scores (minus infinity for padding). Scores are
-                then held whole; ``attention_mask`` says the same and stays fused.
+            additive_attention_mask: Added to the scores (minus infinity for padding).
             attention_mask: 0 for padding.
         """
         resid_pre = self.hook_resid_pre(resid_pre)

@@ -1,6 +1,7 @@
 """Cache entries of a layer's scores and pattern, made of its queries and keys."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,33 +20,32 @@ class PatternTap:
     keeping the entries. Chosen heads and positions are computed at once, and nothing else is.
 
     Args:
-        cache: Where entries go.
+        cache: Where entries go; in a plain dict all of them are computed at once.
         points: ``hook_attn_scores``, ``hook_pattern`` or both, by hook name, in that order.
         sources: Hook names under which queries and keys, as attention reads them, are captured
             anyway; None where no hook point sees them.
-        lazy: Whether entries may be computed later.
     """
 
     def __init__(
         self,
-        cache: CacheDict,
+        cache: dict[str, Tensor],
         points: dict[str, HookPoint],
         spec: CaptureSpec,
         sources: tuple[str, str] | None,
-        lazy: bool,
     ):
         self.cache = cache
         self.points = points
         self.spec = spec
         self.sources = sources
-        self.lazy = lazy
 
     def fused(self, attended: Attended) -> None:
         """Entries from queries and keys."""
-        lazy = self.lazy and self.spec.keeps_all and not attended.q.is_inference()
+        cache = self.cache if isinstance(self.cache, CacheDict) else None
+        # Writes to inference tensors go unnoticed.
+        lazy = self.spec.keeps_all and not attended.q.is_inference()
         for name, point in self.points.items():
-            if lazy and self._pays(attended):
-                self._put_derived(name, point, attended)
+            if cache is not None and lazy and self._pays(cache, attended):
+                self._put_derived(cache, name, point, attended)
             else:
                 self.cache[name] = self._computed(name, point, attended)
 
@@ -55,20 +55,20 @@ class PatternTap:
             made = scores if name.endswith("hook_attn_scores") else pattern
             self.cache[name] = capture(made, point, self.spec)
 
-    def _pays(self, attended: Attended) -> bool:
+    def _pays(self, cache: CacheDict, attended: Attended) -> bool:
         """Whether queries and keys take less memory than the entries they stand for."""
         q, k = attended.q, attended.k
-        if self._captured(q, k) is not None:
+        if self._captured(cache, q, k) is not None:
             return True
         batch, n_queries, n_heads = q.shape[:3]
         entry = batch * n_heads * n_queries * k.shape[1]
         return q.numel() + k.numel() < entry * len(self.points)
 
-    def _captured(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _captured(self, cache: CacheDict, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
         """Queries and keys as the cache holds them, with a batch axis; None if it does not."""
         if self.sources is None:
             return None
-        found = [self.cache.entry(name) for name in self.sources if name in self.cache]
+        found = [cache.entry(name) for name in self.sources if name in cache]
         tensors = [entry for entry in found if isinstance(entry, Tensor)]
         if len(tensors) < 2:
             return None
@@ -76,15 +76,20 @@ class PatternTap:
         # With a KV cache only the new keys pass a hook.
         return (q_kept, k_kept) if (q_kept.shape, k_kept.shape) == (q.shape, k.shape) else None
 
-    def _put_derived(self, name: str, point: HookPoint, attended: Attended) -> None:
-        q, k = self._captured(attended.q, attended.k) or (attended.q, attended.k)
+    def _put_derived(
+        self, cache: CacheDict, name: str, point: HookPoint, attended: Attended
+    ) -> None:
+        q, k = self._captured(cache, attended.q, attended.k) or (attended.q, attended.k)
         device = q.device if self.spec.device is None else torch.device(self.spec.device)
         q, k = q.to(device), k.to(device)
         key_mask = attended.key_mask
         rule, offset = attended.rule, attended.offset
         is_scores = name.endswith("hook_attn_scores")
 
-        def values(q: Tensor, k: Tensor, heads: Sequence[int] | None = None, rows: Rows = None):
+        def values(
+            sources: Sequence[Tensor], heads: Sequence[int] | None = None, rows: Rows = None
+        ) -> Tensor:
+            q, k, *added = sources
             found = attention_pattern(
                 q,
                 k,
@@ -93,15 +98,25 @@ class PatternTap:
                 rows,
                 offset=offset,
                 key_mask=None if key_mask is None else key_mask.to(q.device),
+                bias=added[0] if added else None,
                 scores=is_scores,
             )
             return without_batch(found, point, self.spec)
+
+        def whole(*sources: Tensor) -> Tensor:
+            return values(sources)
+
+        def part(*arguments: Any) -> Tensor:
+            *sources, heads, rows = arguments
+            return values(sources, heads, rows)
 
         named = self.sources or (f"{name} (queries)", f"{name} (keys)")
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         shape = shape[1:] if self.spec.remove_batch_dim else shape
         sources = dict(zip(named, (q, k), strict=True))
-        self.cache.put(name, Derived(name, values, sources, shape, q.dtype, part=values))
+        if attended.bias is not None:
+            sources["what was added to the scores"] = attended.bias.to(device)
+        cache.put(name, Derived(name, whole, sources, shape, q.dtype, part))
 
     def _computed(self, name: str, point: HookPoint, attended: Attended) -> Tensor:
         spec, q = self.spec, attended.q
@@ -121,6 +136,7 @@ class PatternTap:
                 rows=rows,
                 offset=attended.offset,
                 key_mask=attended.key_mask,
+                bias=attended.bias,
                 scores=name.endswith("hook_attn_scores"),
             )
         if spec.pos_slice.mode == "int":

@@ -14,6 +14,7 @@ from fastlens.components.bert_block import BertBlock
 from fastlens.components.block import TransformerBlock
 from fastlens.components.mlp import MLP, GatedMLP
 from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, normalized_by
+from fastlens.components.t5_attention import T5Attention
 
 NORMS = (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre)
 # As they were defined: a class, too, can have its method replaced.
@@ -27,6 +28,7 @@ _FORWARDS = {
         BertBlock,
         Attention,
         GroupedQueryAttention,
+        T5Attention,
     )
 }
 

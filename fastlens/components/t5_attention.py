@@ -13,7 +13,6 @@ from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
 from fastlens.hooks.point import HookPoint
 from fastlens.kernels.masks import AttentionRule
-from fastlens.ops.attention import attention
 
 
 class T5Attention(AbstractAttention):
@@ -115,22 +114,3 @@ class T5Attention(AbstractAttention):
             max_distance=self.relative_attention_max_distance,
         )
         return self.rel_pos_hook(self.rel_pos_bias(buckets).permute(2, 0, 1)[None])
-
-    def _attended(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        offset: int,
-        attention_mask: Tensor | None,
-        added: list[Tensor],
-    ) -> Tensor:
-        """Values mixed by attention, fused also where a bias is added to the scores."""
-        # A tap makes patterns of queries and keys alone.
-        if not added or self.tap is not None or not self._is_fused():
-            return super()._attended(q, k, v, offset, attention_mask, added)
-        bias = added[0] if len(added) == 1 else added[0] + added[1]
-        # A padding mask is one row for all queries: no copy of it is made.
-        bias = bias.expand(-1, -1, q.shape[1], -1)
-        key_mask = None if attention_mask is None else attention_mask.bool()
-        return self.hook_z(attention(q, k, v, self.rule, offset, key_mask, bias))

@@ -88,7 +88,8 @@ def _pieces(spans: Sequence[tuple[Integers, int, int]]) -> _Pieces:
         return _Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
     counts = [len(span[0]) for span in spans]
     branch = np.concatenate([span[0] for span in spans]).astype(np.int64)
-    start, stop = (np.repeat([span[i] for span in spans], counts) for i in (1, 2))
+    start = np.repeat([start for _, start, _ in spans], counts)
+    stop = np.repeat([stop for _, _, stop in spans], counts)
     lengths = stop - start
     return _Pieces(branch, start, stop, np.cumsum(lengths) - lengths)
 

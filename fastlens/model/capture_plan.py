@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fastlens.components.attention import AbstractAttention
 from fastlens.components.pattern_tap import PatternTap
 from fastlens.components.recipes import Recipe, captured, fused_attention, norm_recipe, recipes_of
@@ -36,18 +38,19 @@ def transformer_plan(
     cfg = model.cfg
     kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     spec = replace(spec, group_size=cfg.n_heads // kv_heads)
-    cache = CacheDict()
+    lazy = lazy and not by_hooks
+    cache: dict[str, Tensor] = CacheDict() if lazy else {}
     points = model.hook_dict
-    taps = [] if by_hooks else _taps(model, names, spec, cache, lazy)
+    taps = [] if by_hooks else _taps(model, names, spec, cache)
     tapped = {name for _, tap in taps for name in tap.points}
     recipes: dict[str, Recipe] = {}
-    if lazy and spec.keeps_all and not by_hooks:
+    if lazy and spec.keeps_all:
         recipes = captured(names, _recipes(model))
     fwd: list[tuple[str, HookFunction]] = []
     for name in names:
         if name in tapped:
             continue
-        if name in recipes and not is_live(points[name]):
+        if isinstance(cache, CacheDict) and name in recipes and not is_live(points[name]):
             recipe = recipes[name]
             hook = derive_hook(cache, name, spec, recipe.formula, recipe.sources)
         else:
@@ -70,7 +73,7 @@ def _recipes(model: Any) -> dict[str, Recipe]:
 
 
 def _taps(
-    model: Any, names: list[str], spec: CaptureSpec, cache: CacheDict, lazy: bool
+    model: Any, names: list[str], spec: CaptureSpec, cache: dict[str, Tensor]
 ) -> list[tuple[AbstractAttention, PatternTap]]:
     wanted: dict[str, list[str]] = {}
     for name in names:
@@ -82,7 +85,7 @@ def _taps(
         attn = fused_attention(model.mod_dict[layer])
         if attn is not None:
             seen = {name: model.hook_dict[name] for name in places}
-            tap = PatternTap(cache, seen, spec, _sources(attn, layer, set(names)), lazy)
+            tap = PatternTap(cache, seen, spec, _sources(attn, layer, set(names)))
             taps.append((attn, tap))
     return taps
 

@@ -66,7 +66,9 @@ class TransformerRoot(HookedRootModule):
         remove_batch_dim: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """One forward and its activations, as an `ActivationCache` (or a plain dict).
+        """One forward and its activations, as an `ActivationCache`.
+
+        With ``return_cache_object=False`` as a plain dict, which stores every one of them.
 
         See `HookedRootModule.run_with_cache` for ``names_filter``, ``pos_slice``, ``heads``,
         ``device``, ``incl_bwd``, ``lazy`` and the rest; further arguments go to `forward`.
@@ -75,6 +77,7 @@ class TransformerRoot(HookedRootModule):
         activations are computed from captured activations when they are first read: the cache
         needs about half the memory of storing them, and at long contexts a small part of it.
         """
+        kwargs["lazy"] = kwargs.get("lazy", True) and return_cache_object
         output, cache = super().run_with_cache(
             *model_args, remove_batch_dim=remove_batch_dim, **kwargs
         )

@@ -71,7 +71,7 @@ def attention_pattern_rows(
     Args:
         sites: (example, head, query row) of each row wanted; rows may repeat. On the CPU by
             preference: one on a GPU is checked by copying it back, which waits for the GPU.
-        The others: as in `attention_pattern`.
+        q, k, rule, offset, key_mask, bias, lse, scores: As in `attention_pattern`.
 
     Returns: float32 (float64 for float64), whatever the dtype of q.
 

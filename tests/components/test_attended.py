@@ -7,7 +7,6 @@ from fastlens.components.attended import Attended, AttentionTap, with_heads_look
 from fastlens.components.pattern_tap import PatternTap
 from fastlens.errors import ShapeError
 from fastlens.hooks.capture import CaptureSpec
-from fastlens.hooks.derived import CacheDict
 from fastlens.hooks.of_heads import OfHeads
 from fastlens.hooks.point import HookPoint
 from fastlens.kernels import reference
@@ -54,4 +53,4 @@ def test_a_head_that_is_not_there():
 
 
 def test_a_tap_is_what_the_layer_expects():
-    assert isinstance(PatternTap(CacheDict(), {}, CaptureSpec(Slice()), None, True), AttentionTap)
+    assert isinstance(PatternTap({}, {}, CaptureSpec(Slice()), None), AttentionTap)

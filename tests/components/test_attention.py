@@ -66,15 +66,15 @@ def test_additive_masks_and_biases_enter_the_scores():
 
 def test_fused_only_while_nobody_looks():
     attn = build()
-    assert attn._is_fused()
+    assert attn.is_fused
     attn.hook_pattern.add_hook(lambda p, hook: None)
-    assert not attn._is_fused()
+    assert not attn.is_fused
 
     class Mine(Attention):
         def calculate_z_scores(self, v, pattern):
             return super().calculate_z_scores(v, pattern)
 
-    assert not build(cls=Mine)._is_fused()
+    assert not build(cls=Mine).is_fused
 
 
 def test_old_square_masks_and_other_table_lengths_load():

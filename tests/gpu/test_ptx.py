@@ -276,11 +276,10 @@ def test_an_index_that_is_off_is_caught(right, wrong):
 
 SUFFIX_MISTAKES = {
     "a table read past its end": (
-        "            mask=is_key,\n            other=-1,\n",
-        "            mask=key_pos >= 0,\n            other=-1,\n",
+        "mask=is_key,\n            other=0,\n        ).to(tl.int64)",
+        "mask=key_pos >= 0,\n            other=0,\n        ).to(tl.int64)",
         "out-of-bounds",
     ),
-    "rows of no branch": ("packed >= 0", "packed >= -9", "out-of-bounds"),
     "entries of the next tile": ("in_tile < n_entries", "in_tile < n_entries + 1", "out-of|blocks"),
     "rows in one place": ("written = out_row * n_heads + head", "written = out_row", "two blocks"),
     "no merge": ("tl.where(has_state, 1.0, 0.0)", "tl.where(has_state, 0.0, 0.0)", "values differ"),
@@ -291,14 +290,11 @@ SUFFIX_MISTAKES = {
 @pytest.mark.parametrize("mistake", SUFFIX_MISTAKES)
 def test_a_mistake_of_the_suffix_kernel_is_caught(mistake):
     right, wrong, said = SUFFIX_MISTAKES[mistake]
-    kwargs = {"starts": STARTS, "n_pos": 45, "is_padded": mistake == "rows of no branch"}
-    kwargs |= {"rule": "bidirectional" if mistake == "a table read past its end" else "causal"}
+    rule = "bidirectional" if mistake == "a table read past its end" else "causal"
+    call = {"right": right, "wrong": wrong, "of": "suffix", "module": "suffix_attention"}
     with pytest.raises((PtxError, AssertionError), match=said):
-        compiling(
-            source_mistake,
-            **{"right": right, "wrong": wrong, "kwargs": kwargs},
-            **{"of": "suffix", "module": "suffix_attention"},
-        )
+        kwargs = {"starts": STARTS, "n_pos": 45, "rule": rule}
+        compiling(source_mistake, **call, kwargs=kwargs)
 
 
 def launch_elsewhere():

@@ -113,7 +113,7 @@ def test_layer_norm(kernel, dtype, d, affine):
 
 @pytest.mark.parametrize("kernel", cpu_kernels("rms_norm"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [1, 63, 1000])
+@pytest.mark.parametrize("d", [1, 63, 1000, 2000, 16384])
 def test_rms_norm(kernel, dtype, d):
     x = torch.randn(3, 2, d).transpose(0, 1).to(dtype)
     judge(kernel.fn, reference.rms_norm, [x, torch.randn(d).to(dtype)], 1e-6)

@@ -549,3 +549,15 @@ def test_a_tokenizer_that_cannot_pad():
     assert model.to_tokens("w1 w2")[0].shape == (1, 3)
     with pytest.raises(TokenError, match="no pad token"):
         model.to_tokens(["w1", "w2 w3"])
+
+
+def test_attention_stays_fused_in_a_cache_and_patterns_are_derived():
+    model = tiny_model()
+    text, answer = inputs()
+    _, cache = model.run_with_cache(text, answer)
+    _, stored = model.run_with_cache(text, answer, lazy=False)
+    entries = dict.items(cache.cache_dict)
+    lazy = {name for name, entry in entries if isinstance(entry, Derived)}
+    assert any("encoder" in name and name.endswith("hook_pattern") for name in lazy)
+    for name in stored:
+        assert_close_to(cache[name], stored[name], atol=1e-5, rtol=1e-5, name=name)

@@ -23,10 +23,11 @@ def attention_summary_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one kept head of one example, over every key they see.
 
-    Entropy in nats, unless it is not asked for, and the mass on the keys of each of N_GROUPS groups: those with the query's
-    label; without its own position if the group's bit of STRICT is set. With HAS_LSE weights are
-    ``exp(score - lse)``; else the statistics are found on the way, and left in ``lse``.
-    ``n_heads`` counts the kept heads, which ``heads`` names.
+    Entropy in nats, unless it is not asked for, and the mass on the keys of each of N_GROUPS
+    groups: those with the query's label; without its own position if the group's bit of STRICT is
+    set. HAS_LSE spares the running maximum: weights are ``exp(score - lse)``, and still divided by
+    their sum, which is 1 but for rounding. Else the log-sum-exp is left in ``lse``. ``n_heads``
+    counts the kept heads, which ``heads`` names.
     """
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
     first_row = (tl.program_id(0) % n_blocks) * BLOCK_M
@@ -133,12 +134,10 @@ def attention_summary_kernel(
 
     is_blind = total == 0.0
     divisor = tl.where(is_blind, 1.0, total)
-    if HAS_LSE:
-        entropy = -moment * LN_2
-    else:
-        # log(sum) - sum(weight * score) / sum, with scores counted from the highest.
-        entropy = (tl.math.log2(divisor) - moment / divisor) * LN_2
-        mass = mass / divisor[:, None]
+    mass = mass / divisor[:, None]
+    # log(sum) - sum(weight * score) / sum, with scores counted from the highest.
+    entropy = (tl.math.log2(divisor) - moment / divisor) * LN_2
+    if not HAS_LSE:
         lse = tl.where(is_blind, -float("inf"), (highest + tl.math.log2(divisor)) * LN_2)
         tl.store(lse_ptr + statistics, lse, mask=is_row)
     if entropy_ptr is not None:

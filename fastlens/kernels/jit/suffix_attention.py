@@ -80,10 +80,8 @@ def suffix_attention_kernel(
         packed = tl.load(
             table_ptr + branch * stride_table_b + key_pos.to(tl.int64) * stride_table_n,
             mask=is_key,
-            other=-1,
+            other=0,
         ).to(tl.int64)
-        # Columns that no rule lets a row see may name no row.
-        is_key = is_key & (packed >= 0)
         k = tl.load(
             k_ptr + kv_head * stride_k_h
             + packed[None, :] * stride_k_n + channel[:, None] * stride_k_d,

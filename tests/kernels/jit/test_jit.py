@@ -13,6 +13,9 @@ from fastlens.ops import dispatch
 
 TRITON_KERNELS = {
     "attention": "triton attention",
+    "attention_lse": "triton attention with log-sum-exp",
+    "attention_pattern_rows": "triton rows of the pattern",
+    "attention_summary": "triton attention_summary",
     "capture": "triton capture",
     "capture_int8": "triton capture_int8",
     "dequantize": "triton dequantize",
@@ -22,6 +25,7 @@ TRITON_KERNELS = {
     "patch_sites_": "triton patch_sites_",
     "rms_norm": "triton rms_norm",
     "rotary": "triton rotary",
+    "suffix_attention": "triton suffix_attention",
 }
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -194,25 +194,15 @@ def check_wrong_tiles_poisoned(**kwargs):
         check_wrong_tiles(**kwargs)
 
 
-def check_unmasked(right, wrong, at_start=False):
-    def place(tensor):
-        return guarded(tensor, at_start=at_start)
-
-    with mutated("suffix_attention", right, wrong), guarded_outputs():
-        check_suffix(starts=(9, 9, 30), n_pos=33, rule="bidirectional", place=place)
+def check_unmasked(right, wrong):
+    with mutated("suffix_attention", right, wrong):
+        guarded_suffix(starts=(9, 9, 30), n_pos=33, rule="bidirectional")
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "at_start"),
-    [
-        ("mask=is_key,\n            other=-1,\n", "mask=key_pos >= 0,\n            other=-1,\n", 0),
-        ("is_key = is_key & (packed >= 0)", "is_key = key_pos >= 0", 1),
-    ],
-    ids=["load of the table", "load of keys"],
-)
-def test_a_dropped_mask_hits_a_guard_page(right, wrong, at_start):
+def test_a_dropped_mask_hits_a_guard_page():
+    right = "mask=is_key,\n            other=0,\n        ).to(tl.int64)"
     with pytest.raises(Died):
-        interpreted(check_unmasked, right=right, wrong=wrong, at_start=bool(at_start))
+        interpreted(check_unmasked, right=right, wrong=right.replace("is_key", "key_pos >= 0"))
 
 
 @pytest.mark.parametrize(
