@@ -330,7 +330,7 @@ def _pattern(heads: Heads, dtype: torch.dtype, setting: Setting) -> Case:
 
     def kept(q: Tensor, k: Tensor) -> Tensor:
         one = q[:, :, KEPT_HEAD : KEPT_HEAD + 1], k[:, :, kv_head : kv_head + 1]
-        return reference.attention_pattern(reference.attention_scores(*one, *given))
+        return reference.pattern_of(reference.attention_scores(*one, *given))
 
     def fused() -> tuple[Tensor, Tensor]:
         z, lse = attention_with_lse(q, k, v, *given)
@@ -339,7 +339,7 @@ def _pattern(heads: Heads, dtype: torch.dtype, setting: Setting) -> Case:
 
     def eager() -> tuple[Tensor, Tensor]:
         """As a hooked model does it: every head's pattern, of which one is kept."""
-        pattern = reference.attention_pattern(reference.attention_scores(q, k, *given))
+        pattern = reference.pattern_of(reference.attention_scores(q, k, *given))
         z = reference.attention_with_pattern(pattern, v)
         return z, pattern[:, KEPT_HEAD : KEPT_HEAD + 1].clone()
 
@@ -381,7 +381,7 @@ def _summary(heads: Heads, dtype: torch.dtype, setting: Setting) -> Case:
         return found.entropy, found.offset_mass[0]
 
     def by_pattern(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        pattern = reference.attention_pattern(reference.attention_scores(x, y, *given))
+        pattern = reference.pattern_of(reference.attention_scores(x, y, *given))
         entropy = -torch.special.xlogy(pattern, pattern).sum(-1)
         mass = torch.zeros_like(entropy)
         before = pattern.diagonal(heads.offset - 1, -2, -1)

@@ -206,14 +206,12 @@ def pattern_difference(model: HookedTransformer, tokens: torch.Tensor, cache: An
     if theirs is None:
         raise SystemExit("transformer-lens is not installed: nothing to compare patterns with")
     worst = 0.0
-    for layer in range(model.cfg.n_layers):
-        name = f"blocks.{layer}.attn.hook_pattern"
 
-        def read(pattern: torch.Tensor, hook: Any, name: str = name) -> None:
-            nonlocal worst
-            worst = max(worst, float((pattern[:, HEAD] - cache[name][:, 0]).abs().max()))
+    def read(pattern: torch.Tensor, hook: Any) -> None:
+        nonlocal worst
+        worst = max(worst, float((pattern[:, HEAD] - cache[hook.name][:, 0]).abs().max()))
 
-        theirs.run_with_hooks(tokens, return_type=None, fwd_hooks=[(name, read)])
+    theirs.run_with_hooks(tokens, return_type=None, fwd_hooks=[(is_pattern, read)])
     return worst
 
 

@@ -69,6 +69,10 @@ class SiteError(FastlensError, IndexError):
     """A table of sites names a place that the activation does not have, or names one twice."""
 
 
+class EditedError(FastlensError, RuntimeError):
+    """A captured tensor was written to, and an entry that is computed from it is read."""
+
+
 class GradientError(FastlensError, RuntimeError):
     """A gradient was asked for through something that passes none on."""
 

@@ -106,6 +106,24 @@ class Slice:
         return f"Slice: {self.slice} Mode: {self.mode} "
 
 
+def whole_numbers(chosen: Any, name: str) -> list[int]:
+    """Indices as ints: of a list, range, array or tensor of integers.
+
+    Raises: ShapeError for anything else. Booleans are not read as 0 and 1, nor numbers cut off.
+    """
+    found: list[Any] = [None]
+    if isinstance(chosen, np.ndarray | Tensor):
+        found = chosen.tolist() if chosen.ndim == 1 else found
+    elif isinstance(chosen, list | tuple | range):
+        found = list(chosen)
+    if any(isinstance(i, bool | np.bool_) or not isinstance(i, SupportsIndex) for i in found):
+        raise ShapeError(
+            f"{name}={chosen!r} ({type(chosen).__name__}): give a list of whole numbers, such as "
+            f"[3] or [0, 5]."
+        )
+    return [int(i) for i in found]
+
+
 def _invalid(input_slice: Any) -> ShapeError:
     return ShapeError(
         f"cannot slice with {input_slice!r} ({type(input_slice).__name__}). Give None, an int, a "

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastlens.errors import ShapeError
-from fastlens.slices import Slice
+from fastlens.slices import Slice, whole_numbers
 
 LENGTH = 6
 index = st.integers(-LENGTH, LENGTH - 1)
@@ -113,3 +113,20 @@ def test_same_as_transformer_lens(tl, chosen):
     assert np.array_equal(ours.indices(LENGTH), theirs.indices(LENGTH))
     unwrapped = Slice.unwrap(chosen).apply(x, 1)
     assert torch.equal(unwrapped, tl.Slice.unwrap(chosen).apply(x, 1))
+
+
+@pytest.mark.parametrize(
+    "given", [[0, 5], (0, 5), range(0, 6, 5), np.array([0, 5]), torch.tensor([0, 5])], ids=str
+)
+def test_whole_numbers(given):
+    assert whole_numbers(given, "heads") == [0, 5]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [3, "3", [True], [1.5], torch.tensor([True]), np.array([1.5]), torch.tensor(3), {"a": 1}],
+    ids=str,
+)
+def test_what_is_no_list_of_whole_numbers(given):
+    with pytest.raises(ShapeError, match="heads=.*give a list of whole numbers"):
+        whole_numbers(given, "heads")

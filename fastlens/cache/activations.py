@@ -4,7 +4,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import (
-    Callable,
     ItemsView,
     Iterable,
     Iterator,
@@ -22,7 +21,7 @@ from torch import Tensor
 from fastlens.act_names import get_act_name
 from fastlens.errors import HookNameError, LayerError, ShapeError, did_you_mean
 from fastlens.hooks.derived import CacheDict, Derived, Source
-from fastlens.slices import Slice, SliceInput
+from fastlens.slices import Slice, SliceInput, whole_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +198,10 @@ class Activations:
             scores: The scores before the softmax instead.
         """
         name = self._full_name(("attn_scores" if scores else "pattern", layer))
+        if name not in self.cache_dict:
+            raise self._missing(name, name)
+        heads = None if heads is None else whole_numbers(heads, "heads")
+        query_pos = None if query_pos is None else whole_numbers(query_pos, "query_pos")
         entry = self.cache_dict.entry(name) if isinstance(self.cache_dict, CacheDict) else None
         if isinstance(entry, Derived):
             part = entry.read_part(heads, query_pos)
@@ -206,11 +209,8 @@ class Activations:
                 return part
         whole = self[name]
         if heads is not None:
-            whole = whole[..., list(heads), :, :]
-        if query_pos is not None:
-            rows = query_pos if isinstance(query_pos, Tensor) else list(query_pos)
-            whole = whole[..., rows, :]
-        return whole
+            whole = whole[..., heads, :, :]
+        return whole if query_pos is None else whole[..., query_pos, :]
 
     def _entries(self) -> list[tuple[str, Source]]:
         """What stands in the cache, computed or not."""
@@ -222,7 +222,7 @@ class Activations:
 
         Methods that read weights then copy those to the activations' device at each call.
         """
-        moved: dict[int, Source] = {}
+        moved: dict[Any, Source] = {}
         kept = CacheDict()
         for name, entry in self._entries():
             kept.put(name, _moved(entry, torch.device(device), moved))
@@ -248,7 +248,12 @@ class Activations:
                 f"the batch axis can only be removed from a batch of one; this has {batch}. "
                 "Choose one with apply_slice_to_batch_dim(i)."
             )
-        self.cache_dict = _changed(self._entries(), 1, lambda activation: activation[0])
+        kept = CacheDict()
+        for name, entry in self._entries():
+            if len(entry.shape) > 0 and entry.shape[0] == 1:
+                entry = _first(entry)
+            kept.put(name, entry)
+        self.cache_dict = kept
         self.has_batch_dim = False
         return self
 
@@ -264,7 +269,17 @@ class Activations:
         if not self.has_batch_dim and batch_slice.mode != "identity":
             raise ShapeError("this cache has no batch axis to slice: it was removed.")
         batch = self._batch_size()
-        chosen = _changed(self._entries(), batch, batch_slice.apply)
+        choice, drops = batch_slice, batch_slice.mode == "int"
+        if drops:
+            index = int(batch_slice.indices()[0])
+            if not -batch <= index < batch:
+                raise ShapeError(f"example {index} of a batch of {batch}: counted from 0.")
+            choice = Slice((index % batch, index % batch + 1))
+        memo: dict[Any, Source] = {}
+        chosen = CacheDict()
+        for name, entry in self._entries():
+            some = _some_of_batch(entry, batch, choice, memo)
+            chosen.put(name, _first(some) if drops and some is not entry else some)
         still_has_batch = self.has_batch_dim and batch_slice.mode != "int"
         return type(self)(chosen, self.model, has_batch_dim=still_has_batch)
 
@@ -274,30 +289,52 @@ class Activations:
         return sizes.most_common(1)[0][0] if sizes else 1
 
 
+def _first(entry: Source) -> Source:
+    """The first and only example, without the batch axis."""
+    if isinstance(entry, Derived):
+        return entry.then(lambda activation: activation[0], entry.shape[1:])
+    return entry[0]
+
+
 def _held(entry: Source) -> Iterable[Tensor]:
     return entry.held() if isinstance(entry, Derived) else [entry]
 
 
-def _changed(
-    entries: Iterable[tuple[str, Source]], batch: int, change: Callable[[Tensor], Tensor]
-) -> CacheDict:
-    """The entries whose first axis is the batch, changed; the others as they are."""
-    kept = CacheDict()
-    for name, entry in entries:
-        if len(entry.shape) > 0 and entry.shape[0] == batch:
-            entry = entry.then(change) if isinstance(entry, Derived) else change(entry)
-        kept.put(name, entry)
-    return kept
+def _key(entry: Source) -> Any:
+    """The same for tensors that are one in memory: two names may hold the same activation."""
+    if isinstance(entry, Derived):
+        return id(entry)
+    return entry.device, entry.data_ptr(), entry.dtype, entry.shape, entry.stride()
 
 
-def _moved(entry: Source, device: torch.device, moved: dict[int, Source]) -> Source:
+def _moved(entry: Source, device: torch.device, moved: dict[Any, Source]) -> Source:
     """On that device; what entries share is copied once."""
-    if id(entry) not in moved:
+    key = _key(entry)
+    if key not in moved:
         if isinstance(entry, Derived):
-            moved[id(entry)] = entry.on(lambda source: _moved(source, device, moved))
+            moved[key] = entry.on(lambda source: _moved(source, device, moved))
         else:
-            moved[id(entry)] = entry.to(device)
-    return moved[id(entry)]
+            moved[key] = entry.to(device)
+    return moved[key]
+
+
+def _some_of_batch(entry: Source, batch: int, choice: Slice, chosen: dict[Any, Source]) -> Source:
+    """Some examples; an entry whose first axis is not the batch stays whole.
+
+    What is computed from captured tensors is computed from those of the chosen examples.
+    """
+    if len(entry.shape) == 0 or entry.shape[0] != batch:
+        return entry
+    key = _key(entry)
+    if key in chosen:
+        return chosen[key]
+    if isinstance(entry, Derived):
+        shape = (len(choice.indices(batch)), *entry.shape[1:])
+        found: Source = entry.on(lambda s: _some_of_batch(s, batch, choice, chosen), shape)
+    else:
+        found = choice.apply(entry)
+    chosen[key] = found
+    return found
 
 
 def as_slice(choice: AnySlice) -> Slice:

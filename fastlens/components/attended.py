@@ -74,6 +74,9 @@ def with_heads_looked_at(
     scores = attention_pattern(
         q, k, rule, heads=heads, offset=offset, key_mask=key_mask, bias=bias, scores=True
     )
+    if scores.requires_grad:
+        # What an autograd function returned may not be written to.
+        scores = scores.clone()
     seen = _shown(in_scores, scores, heads)
     pattern = torch.softmax(scores if seen is None else seen, -1)
     pattern = pattern.masked_fill(pattern.isnan(), 0.0)
@@ -101,10 +104,14 @@ def _shown(point: HookPoint, activation: Tensor, heads: tuple[int, ...]) -> Tens
     """What a hook on some heads made of them; None if they are as they were."""
     if not is_live(point):
         return None
-    version = activation._version
-    point.held_heads = heads
+    # Writes to inference tensors leave no trace.
+    version = None if activation.is_inference() else activation._version
+    # A hook may run the model, and so come here again.
+    before, point.held_heads = point.held_heads, heads
     try:
         answer = point(activation)
     finally:
-        point.held_heads = None
-    return None if answer is activation and activation._version == version else answer
+        point.held_heads = before
+    if answer is activation and version is not None and activation._version == version:
+        return None
+    return answer

@@ -198,9 +198,9 @@ class AbstractAttention(PositionMethods, nn.Module):
         heads = self._heads_looked_at()
         if heads is not None:
             key_mask = None if attention_mask is None else attention_mask.bool()
-            bias = sum_of(added, q.shape[1])
-            z = attention(q, k, v, self.rule, offset, key_mask, bias)
-            attended = Attended(q, k, self.rule, offset, key_mask, bias)
+            bias, rule = sum_of(added, q.shape[1]), self.rule
+            z = attention(q, k, v, rule, offset, key_mask, bias)
+            attended = Attended(q, k, rule, offset, key_mask, bias)
             if self.tap is not None:
                 self.tap.fused(attended.detached())
             if heads:

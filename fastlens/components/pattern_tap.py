@@ -45,15 +45,22 @@ class PatternTap:
         lazy = self.spec.keeps_all and not attended.q.is_inference()
         for name, point in self.points.items():
             if cache is not None and lazy and self._pays(cache, attended):
+                cache.repeated = cache.repeated or name in cache
                 self._put_derived(cache, name, point, attended)
             else:
-                self.cache[name] = self._computed(name, point, attended)
+                self._put(name, self._computed(name, point, attended))
 
     def materialised(self, scores: Tensor, pattern: Tensor) -> None:
         """Entries from what attention made itself."""
         for name, point in self.points.items():
             made = scores if name.endswith("hook_attn_scores") else pattern
-            self.cache[name] = capture(made, point, self.spec)
+            self._put(name, capture(made, point, self.spec))
+
+    def _put(self, name: str, activation: Tensor) -> None:
+        if isinstance(self.cache, CacheDict):
+            self.cache.capture(name, activation)
+        else:
+            self.cache[name] = activation
 
     def _pays(self, cache: CacheDict, attended: Attended) -> bool:
         """Whether queries and keys take less memory than the entries they stand for."""
@@ -62,7 +69,9 @@ class PatternTap:
             return True
         batch, n_queries, n_heads = q.shape[:3]
         entry = batch * n_heads * n_queries * k.shape[1]
-        return q.numel() + k.numel() < entry * len(self.points)
+        bias = attended.bias
+        added = 0 if bias is None else bias.untyped_storage().nbytes() // bias.element_size()
+        return q.numel() + k.numel() + added < entry * len(self.points)
 
     def _captured(self, cache: CacheDict, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
         """Queries and keys as the cache holds them, with a batch axis; None if it does not."""
@@ -74,7 +83,11 @@ class PatternTap:
             return None
         q_kept, k_kept = (t[None] if t.ndim == 3 else t for t in tensors)
         # With a KV cache only the new keys pass a hook.
-        return (q_kept, k_kept) if (q_kept.shape, k_kept.shape) == (q.shape, k.shape) else None
+        if (q_kept.shape, k_kept.shape) != (q.shape, k.shape) or cache.repeated:
+            return None
+        # Moved elsewhere, they are copies of what passed; here they must be what attention read.
+        same = (q_kept.data_ptr(), k_kept.data_ptr()) == (q.data_ptr(), k.data_ptr())
+        return (q_kept, k_kept) if same or q_kept.device != q.device else None
 
     def _put_derived(
         self, cache: CacheDict, name: str, point: HookPoint, attended: Attended
@@ -82,24 +95,29 @@ class PatternTap:
         q, k = self._captured(cache, attended.q, attended.k) or (attended.q, attended.k)
         device = q.device if self.spec.device is None else torch.device(self.spec.device)
         q, k = q.to(device), k.to(device)
-        key_mask = attended.key_mask
         rule, offset = attended.rule, attended.offset
-        is_scores = name.endswith("hook_attn_scores")
+        bias, key_mask = attended.bias, attended.key_mask
+        named = self.sources or (f"{name} (queries)", f"{name} (keys)")
+        sources: dict[str, Tensor] = dict(zip(named, (q, k), strict=True))
+        if bias is not None:
+            sources["what was added to the scores"] = bias.to(device)
+        if key_mask is not None:
+            # It may be the caller's own.
+            sources["the padding"] = key_mask.clone().to(device)
 
         def values(
             sources: Sequence[Tensor], heads: Sequence[int] | None = None, rows: Rows = None
         ) -> Tensor:
-            q, k, *added = sources
             found = attention_pattern(
-                q,
-                k,
+                sources[0],
+                sources[1],
                 rule,
                 heads,
                 rows,
                 offset=offset,
-                key_mask=None if key_mask is None else key_mask.to(q.device),
-                bias=added[0] if added else None,
-                scores=is_scores,
+                key_mask=None if key_mask is None else sources[-1],
+                bias=None if bias is None else sources[2],
+                scores=name.endswith("hook_attn_scores"),
             )
             return without_batch(found, point, self.spec)
 
@@ -110,12 +128,8 @@ class PatternTap:
             *sources, heads, rows = arguments
             return values(sources, heads, rows)
 
-        named = self.sources or (f"{name} (queries)", f"{name} (keys)")
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         shape = shape[1:] if self.spec.remove_batch_dim else shape
-        sources = dict(zip(named, (q, k), strict=True))
-        if attended.bias is not None:
-            sources["what was added to the scores"] = attended.bias.to(device)
         cache.put(name, Derived(name, whole, sources, shape, q.dtype, part))
 
     def _computed(self, name: str, point: HookPoint, attended: Attended) -> Tensor:

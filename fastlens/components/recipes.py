@@ -14,7 +14,9 @@ from fastlens.components.bert_block import BertBlock
 from fastlens.components.block import TransformerBlock
 from fastlens.components.mlp import MLP, GatedMLP
 from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, normalized_by
+from fastlens.components.rows import methods_of
 from fastlens.components.t5_attention import T5Attention
+from fastlens.ops.activations import SUPPORTED_ACTIVATIONS
 
 NORMS = (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre)
 # As they were defined: a class, too, can have its method replaced.
@@ -31,6 +33,9 @@ _FORWARDS = {
         T5Attention,
     )
 }
+
+
+_FUNCTIONS = set(SUPPORTED_ACTIVATIONS.values())
 
 
 class Recipe(NamedTuple):
@@ -102,8 +107,8 @@ def norm_recipe(norm: Any, name: str, source: str) -> dict[str, Recipe]:
 
 
 def _of_mlp(mlp: Any) -> dict[str, Recipe]:
-    # An activation function with weights of its own is no formula of tensors.
-    if type(mlp) not in (MLP, GatedMLP) or not is_ours(mlp) or isinstance(mlp.act_fn, nn.Module):
+    # A function of somebody else's may have state, draw numbers, or write to what it is given.
+    if type(mlp) not in (MLP, GatedMLP) or not is_ours(mlp) or mlp.act_fn not in _FUNCTIONS:
         return {}
     if mlp.cfg.is_layer_norm_activation():
         return {"mlp.hook_mid": Recipe(("mlp.hook_pre",), mlp.act_fn)}
@@ -127,7 +132,7 @@ def is_ours(module: nn.Module) -> bool:
     return (
         kind in _FORWARDS
         and kind.forward is _FORWARDS[kind]
-        and "forward" not in state
+        and not methods_of(kind) & state.keys()
         and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
         and not _has_any_global_hook()
     )

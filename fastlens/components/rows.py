@@ -196,9 +196,17 @@ _DEFINED = {
 
 
 @functools.cache
-def _methods(kind: type) -> frozenset[str]:
+def methods_of(kind: type) -> frozenset[str]:
     """Names that an instance of a class must not have of its own, or a method is replaced."""
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+
+
+def replaced_method() -> str | None:
+    """The first method of our classes that is not as it was defined, or None."""
+    for (kind, name), defined in _DEFINED.items():
+        if vars(kind).get(name) is not defined:
+            return f"{kind.__name__}.{name}"
+    return None
 
 
 def foreign_part(root: nn.Module) -> str | None:
@@ -206,9 +214,9 @@ def foreign_part(root: nn.Module) -> str | None:
 
     A parametrized module counts as ours: its leaves are read by name like any other.
     """
-    for (kind, name), defined in _DEFINED.items():
-        if vars(kind).get(name) is not defined:
-            return f"{kind.__name__}.{name} was replaced"
+    replaced = replaced_method()
+    if replaced is not None:
+        return f"{replaced} was replaced"
     waiting = list(_children("", root))
     while waiting:
         name, module = waiting.pop()
@@ -223,9 +231,9 @@ def foreign_part(root: nn.Module) -> str | None:
         is_other = kind is nn.Identity and not name.rsplit(".", 1)[-1].startswith("ln")
         if kind not in _PLAIN or is_other:
             return f"{name} is a {kind.__name__}"
-        replaced = _methods(kind) & module.__dict__.keys()
-        if replaced:
-            return f"{name}.{min(replaced)} was replaced"
+        own = methods_of(kind) & module.__dict__.keys()
+        if own:
+            return f"{name}.{min(own)} was replaced"
         waiting += _children(f"{name}.", module)
     return None
 

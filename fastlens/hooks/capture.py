@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastlens.errors import ShapeError
+from fastlens.errors import LayerError, ShapeError
 from fastlens.hooks.derived import CacheDict, Derived
 from fastlens.hooks.of_heads import head_axis
 from fastlens.hooks.point import HookFunction, HookPoint
 from fastlens.ops.capture import capture as gather
-from fastlens.slices import Slice
+from fastlens.slices import Slice, whole_numbers
 
 # Query heads to keep: the same in all layers, or for each layer that is named.
 Heads: TypeAlias = Sequence[int] | Mapping[int, Sequence[int]] | None
@@ -74,13 +74,14 @@ class CapturePlan:
     @contextlib.contextmanager
     def tapping(self) -> Iterator[None]:
         """The taps are on in the block, and off however it ends."""
+        before = [(layer, layer.tap) for layer, _ in self.taps]
         try:
             for layer, tap in self.taps:
                 layer.tap = tap
             yield
         finally:
-            for layer, _ in self.taps:
-                layer.tap = None
+            for layer, tap in before:
+                layer.tap = tap
 
 
 def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Tensor:
@@ -133,6 +134,24 @@ def without_batch(kept: Tensor, point: HookPoint, spec: CaptureSpec) -> Tensor:
     return kept
 
 
+def chosen_heads(heads: Heads, model: Any) -> Heads:
+    """The heads of a run, as lists of ints.
+
+    Raises: ShapeError for what are no indices; LayerError for a layer that is not there.
+    """
+    if heads is None:
+        return None
+    if not isinstance(heads, Mapping):
+        return whole_numbers(heads, "heads")
+    n_layers = getattr(getattr(model, "cfg", None), "n_layers", None)
+    for layer in heads:
+        if n_layers is not None and layer not in range(n_layers):
+            raise LayerError(
+                f"heads= names layer {layer!r}, and the model has layers 0 to {n_layers - 1}."
+            )
+    return {layer: whole_numbers(some, f"heads[{layer}]") for layer, some in heads.items()}
+
+
 def check_heads(heads: Sequence[int], n_heads: int, name: str | None) -> None:
     """Raises: ShapeError for heads that are not there."""
     if not heads or min(heads) < 0 or max(heads) >= n_heads:
@@ -150,7 +169,11 @@ def capture_hook(cache: dict[str, Tensor], key: str, spec: CaptureSpec) -> Calla
 def _save(
     cache: dict[str, Tensor], key: str, spec: CaptureSpec, activation: Tensor, hook: HookPoint
 ) -> None:
-    cache[key] = capture(activation, hook, spec)
+    kept = capture(activation, hook, spec)
+    if isinstance(cache, CacheDict):
+        cache.capture(key, kept)
+    else:
+        cache[key] = kept
 
 
 def derive_hook(
@@ -176,9 +199,10 @@ def _derive(
     activation: Tensor,
     hook: HookPoint,
 ) -> None:
+    cache.repeated = cache.repeated or key in cache
     found = {name: cache.entry(name) for name in sources if name in cache}
     # Writes to an inference tensor go unnoticed.
-    if len(found) < len(sources) or activation.is_inference():
+    if len(found) < len(sources) or cache.repeated or activation.is_inference():
         cache[key] = capture(activation, hook, spec)
         return
     like = without_batch(activation.detach(), hook, spec)

@@ -1,5 +1,6 @@
 """Cache entries that are computed when they are read, from tensors that the cache holds anyway."""
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from typing import Any, TypeAlias, cast
@@ -7,7 +8,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from fastlens.errors import HookNameError
+from fastlens.errors import EditedError
 
 Source: TypeAlias = "Tensor | Derived"
 Rows: TypeAlias = Sequence[int] | Tensor | None
@@ -47,67 +48,96 @@ class Derived:
             name: source._version for name, source in sources.items() if isinstance(source, Tensor)
         }
         self._part = part
-        self._value: Tensor | None = None
+        # The value and its version when it was computed.
+        self._read: tuple[Tensor, int] | None = None
 
     def read(self) -> Tensor:
         """The value, kept from now on; the sources are let go."""
-        if self._value is None:
-            self._value = self.compute()
+        if self._read is None:
+            value = self.compute()
+            # In this order: another thread may be reading too.
+            self._read = value, value._version
             self._sources, self._part = {}, None
-        return self._value
+        return self._read[0]
 
     def compute(self) -> Tensor:
         """The value, not kept.
 
-        Raises: HookNameError if a source was written to since it was captured.
+        Raises: EditedError if a source, or the value itself, was written to since.
         """
-        if self._value is not None:
-            return self._value
-        self._check()
-        with torch.no_grad():
-            sources = [s if isinstance(s, Tensor) else s.compute() for s in self._sources.values()]
-            return self._formula(*sources)
+        sources = self._sources
+        if self._read is not None:
+            value, version = self._read
+            if value._version != version:
+                raise self._edited(self.name)
+            return value
+        self._check(sources)
+        with _as_in_a_plain_run():
+            found = [s if isinstance(s, Tensor) else s.compute() for s in sources.values()]
+            return self._formula(*found)
 
     def read_part(self, heads: Sequence[int] | None, rows: Rows) -> Tensor | None:
         """Some heads and query rows, without the rest; None if only the whole can be computed."""
-        if self._part is None or self._value is not None:
+        part, sources = self._part, self._sources
+        if part is None or self._read is not None:
             return None
-        self._check()
-        with torch.no_grad():
-            return self._part(*self._sources.values(), heads, rows)
+        self._check(sources)
+        with _as_in_a_plain_run():
+            return part(*sources.values(), heads, rows)
 
-    def then(self, change: Callable[[Tensor], Tensor]) -> "Derived":
-        """The entry that ``change`` makes of this one's value."""
-        like = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        return Derived(self.name, change, {self.name: self}, like.shape, like.dtype)
+    def then(self, change: Callable[[Tensor], Tensor], shape: Sequence[int]) -> "Derived":
+        """The entry of that shape that ``change`` makes of this one's value."""
+        return Derived(self.name, change, {self.name: self}, shape, self.dtype)
 
-    def on(self, change: Callable[[Source], Source]) -> "Derived":
+    def on(
+        self, change: Callable[[Source], Source], shape: Sequence[int] | None = None
+    ) -> "Derived":
         """The same entry of changed sources, such as those moved to another device.
 
-        Raises: HookNameError if a source was written to since it was captured.
+        Args:
+            shape: Of the value then, if it is another.
+
+        Raises: EditedError if a source was written to since it was captured.
         """
-        if self._value is not None:
-            sources: dict[str, Source] = {self.name: change(self._value)}
-            return Derived(self.name, _as_it_is, sources, self.shape, self.dtype)
-        self._check()
-        sources = {name: change(source) for name, source in self._sources.items()}
-        return Derived(self.name, self._formula, sources, self.shape, self.dtype, self._part)
+        shape = self.shape if shape is None else shape
+        sources = self._sources
+        if self._read is not None:
+            made: dict[str, Source] = {self.name: change(self.compute())}
+            return Derived(self.name, _as_it_is, made, shape, self.dtype)
+        self._check(sources)
+        made = {name: change(source) for name, source in sources.items()}
+        return Derived(self.name, self._formula, made, shape, self.dtype, self._part)
 
     def held(self) -> Iterator[Tensor]:
         """Every tensor that this entry keeps alive."""
-        if self._value is not None:
-            yield self._value
+        if self._read is not None:
+            yield self._read[0]
         for source in self._sources.values():
             yield from [source] if isinstance(source, Tensor) else source.held()
 
-    def _check(self) -> None:
-        for name, version in self._versions.items():
-            if cast(Tensor, self._sources[name])._version != version:
-                raise HookNameError(
-                    f"{self.name!r} is computed when it is first read, and {name!r}, which it is "
-                    f"computed from, was edited since the run. Read {self.name!r} before you edit, "
-                    f"or pass lazy=False to run_with_cache, which stores every activation."
-                )
+    def _check(self, sources: Mapping[str, Source]) -> None:
+        for name, source in sources.items():
+            if isinstance(source, Tensor) and source._version != self._versions[name]:
+                raise self._edited(name)
+
+    def _edited(self, name: str) -> EditedError:
+        return EditedError(
+            f"{self.name!r} is computed when it is first read, and {name!r}, which it is computed "
+            f"from, was edited since the run. Read {self.name!r} before you edit, or pass "
+            f"lazy=False to run_with_cache, which stores every activation."
+        )
+
+
+@contextlib.contextmanager
+def _as_in_a_plain_run() -> Iterator[None]:
+    """Whatever surrounds the reader: no graph, no autocast, and tensors like any other."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _as_it_is(value: Tensor) -> Tensor:
@@ -119,7 +149,18 @@ class CacheDict(dict[str, Tensor]):
 
     Whatever reads a value (``d[name]``, ``get``, ``values``, ``items``, ``dict(d)``, pickling) gets
     a tensor. `entry` and `entries` show what is there without computing.
+
+    Attributes:
+        repeated: A place was captured a second time, as when a hook runs the model: what stands
+            under a name may be of another forward.
     """
+
+    repeated = False
+
+    def capture(self, name: str, activation: Tensor) -> None:
+        """Put what passed a place there."""
+        self.repeated = self.repeated or name in self
+        self[name] = activation
 
     def entry(self, name: str) -> Source:
         """What stands there: a tensor, or the `Derived` that will give it."""
@@ -197,4 +238,8 @@ class CacheDict(dict[str, Tensor]):
 
     # Neither formulas nor what they hold belong into a file. torch.load reads an OrderedDict.
     def __reduce__(self) -> Any:
-        return OrderedDict, (), None, None, iter(self.items())
+        return OrderedDict, (), None, None, self._computed()
+
+    def _computed(self) -> Iterator[tuple[str, Tensor]]:
+        for name, entry in self.entries():
+            yield name, entry.compute() if isinstance(entry, Derived) else entry

@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastlens.errors import ShapeError
 from fastlens.hooks.point import HookFunction, HookPoint, is_live
+from fastlens.slices import whole_numbers
 
 
 class OfHeads:
@@ -33,8 +34,10 @@ class OfHeads:
     """
 
     def __init__(self, hook: HookFunction, heads: Sequence[int]):
+        if not callable(hook):
+            raise ShapeError(f"OfHeads takes a hook, then its heads; got {hook!r} first.")
         self.hook = hook
-        self.heads = tuple(int(head) for head in heads)
+        self.heads = tuple(whole_numbers(heads, "heads"))
         if not self.heads or min(self.heads) < 0 or len(set(self.heads)) < len(self.heads):
             raise ShapeError(
                 f"heads={list(heads)} must be indices from 0, at least one, and each only once."
@@ -59,20 +62,21 @@ class OfHeads:
             return self._checked(self.hook(activation, hook=hook), activation, hook)
         index = activation.new_tensor([held.index(head) for head in self.heads]).long()
         part = activation.index_select(axis, index)
-        version = part._version
+        # Writes to inference tensors leave no trace.
+        version = None if part.is_inference() else part._version
         answer = self._checked(self.hook(part, hook=hook), part, hook)
-        if answer is None and part._version == version:
+        if answer is None and version is not None and part._version == version:
             return None
         answer = part if answer is None else answer
         return activation.index_copy(axis, index, answer.to(activation.dtype))
 
     @staticmethod
     def _checked(answer: Any, like: Tensor, hook: Any) -> Any:
-        if isinstance(answer, Tensor) and answer.shape != like.shape:
+        if answer is not None and getattr(answer, "shape", None) != like.shape:
+            found = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
             raise ShapeError(
-                f"a hook on {hook.name!r} was given {list(like.shape)} and returned "
-                f"{list(answer.shape)}: what it returns replaces what it got, so the shapes must "
-                f"be the same."
+                f"a hook on {hook.name!r} was given {list(like.shape)} and returned {found}: what "
+                f"it returns replaces what it got, so it must be a tensor of that shape, or None."
             )
         return answer
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastlens.errors import HookNameError, did_you_mean
-from fastlens.hooks.capture import CapturePlan, CaptureSpec, Heads, capture_hook
+from fastlens.hooks.capture import CapturePlan, CaptureSpec, Heads, capture_hook, chosen_heads
 from fastlens.hooks.point import HookFunction, HookPoint, LensHandle
 from fastlens.slices import Slice, SliceInput
 
@@ -274,14 +274,26 @@ class HookedRootModule(nn.Module):
         Returns: the output, and a dict of name -> activation (detached; unsliced entries share
             memory with the run, as in TransformerLens).
         """
-        spec = CaptureSpec(Slice.unwrap(pos_slice), device, remove_batch_dim, heads)
+        spec = CaptureSpec(
+            Slice.unwrap(pos_slice), device, remove_batch_dim, chosen_heads(heads, self)
+        )
         self.is_caching = True
-        plan = self.capture_plan(names_filter, spec, incl_bwd, lazy, stays=not reset_hooks_end)
-        with self.hooks(plan.fwd, plan.bwd, reset_hooks_end, clear_contexts), plan.tapping():
-            with uncompiled():
-                output = self(*model_args, **model_kwargs)
-            if incl_bwd:
-                output.backward()
+        wanted = () if names_filter is None or callable(names_filter) else names_filter
+        named = [wanted] if isinstance(wanted, str) else list(wanted)
+        # What follows from what depends on the flags that the run will have.
+        restore = self._switch_on([name for name in named if name in self.hook_dict])
+        try:
+            plan = self.capture_plan(names_filter, spec, incl_bwd, lazy, stays=not reset_hooks_end)
+            with self.hooks(plan.fwd, plan.bwd, reset_hooks_end, clear_contexts), plan.tapping():
+                with uncompiled():
+                    output = self(*model_args, **model_kwargs)
+                if incl_bwd:
+                    output.backward()
+        except BaseException:
+            restore()
+            raise
+        if reset_hooks_end:
+            restore()
         return output, plan.cache
 
     def capture_plan(

@@ -96,7 +96,7 @@ def pattern_gradients(
     """
     if torch.is_grad_enabled():
         again = reference.attention_scores(q, k, rule, offset, key_mask, bias)
-        again = again if scores else reference.attention_pattern(again)
+        again = again if scores else reference.pattern_of(again)
         again = again if heads is None else again[:, list(heads)]
         again = again if rows is None else again[:, :, list(rows)]
         return ScoreGradients(*_of_graph(again, (q, k, bias if needs_bias else None), grad))

@@ -14,6 +14,7 @@ from fastlens.kernels.reference_attention import attention_pattern_rows as atten
 from fastlens.kernels.reference_attention import attention_scores as attention_scores
 from fastlens.kernels.reference_attention import attention_summary as attention_summary
 from fastlens.kernels.reference_attention import attention_with_pattern as attention_with_pattern
+from fastlens.kernels.reference_attention import pattern_of as pattern_of
 from fastlens.kernels.reference_attention import score_rows as score_rows
 from fastlens.kernels.reference_norm import norm as norm
 from fastlens.kernels.reference_packed import dequantize as dequantize

@@ -37,12 +37,39 @@ def attention_scores(
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
-def attention_pattern(
+def pattern_of(
     scores: Float[Tensor, "*rows key_pos"],
 ) -> Float[Tensor, "*rows key_pos"]:
     """Softmax over keys; a row that sees no key is all zeros, not NaN, and has no gradient."""
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+
+
+def attention_pattern(
+    q: Float[Tensor, "batch query_pos head d_head"],
+    k: Float[Tensor, "batch key_pos kv_head d_head"],
+    rule: AttentionRule,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    offset: int = 0,
+    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
+    bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
+    lse: Float[Tensor, "batch head query_pos"] | None = None,
+    scores: bool = False,
+) -> Float[Tensor, "batch kept_head kept_row key_pos"]:
+    """Chosen heads and rows of the pattern or of the scores, rounded once to the dtype of q."""
+    dtype = torch.promote_types(torch.float32, q.dtype)
+    heads = range(q.shape[2]) if heads is None else heads
+    rows = range(q.shape[1]) if rows is None else rows
+    found = attention_scores(q.to(dtype), k.to(dtype), rule, offset, key_mask, bias)
+    found = found[:, list(heads)][:, :, list(rows)]
+    if not scores and lse is None:
+        found = pattern_of(found)
+    elif not scores:
+        assert lse is not None
+        of_rows = lse[:, list(heads)][:, :, list(rows)]
+        found = torch.exp(found - of_rows[..., None]).nan_to_num(nan=0.0)
+    return found.to(q.dtype)
 
 
 def attention_with_pattern(
@@ -72,7 +99,7 @@ def attention(
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
 ) -> Float[Tensor, "batch query_pos head d_head"]:
     """``softmax(scores) @ v``, with every score held at once."""
-    pattern = attention_pattern(attention_scores(q, k, rule, offset, key_mask, bias))
+    pattern = pattern_of(attention_scores(q, k, rule, offset, key_mask, bias))
     return attention_with_pattern(pattern, v)
 
 
@@ -91,7 +118,7 @@ def attention_lse(
     """
     scores = attention_scores(q, k, rule, offset, key_mask, bias)
     wide = scores.detach().to(torch.promote_types(torch.float32, scores.dtype))
-    return attention_with_pattern(attention_pattern(scores), v), wide.logsumexp(-1)
+    return attention_with_pattern(pattern_of(scores), v), wide.logsumexp(-1)
 
 
 def attention_pattern_rows(
@@ -113,7 +140,7 @@ def attention_pattern_rows(
     if scores:
         return found
     if lse is None:
-        return attention_pattern(found)
+        return pattern_of(found)
     return torch.exp(found - lse[example, head, row, None]).nan_to_num(nan=0.0)
 
 
@@ -135,7 +162,7 @@ def attention_summary(
     """Entropy, mass on offsets and mass on label groups of each row, in float32 or wider."""
     dtype = torch.promote_types(torch.float32, q.dtype)
     scores = attention_scores(q.to(dtype), k.to(dtype), rule, offset, key_mask, bias)
-    pattern = attention_pattern(scores if heads is None else scores[:, list(heads)])
+    pattern = pattern_of(scores if heads is None else scores[:, list(heads)])
     queries = torch.arange(offset, offset + q.shape[1], device=q.device)[:, None]
     keys = torch.arange(k.shape[1], device=q.device)[None, :]
     entropy = torch.special.entr(pattern).sum(-1)

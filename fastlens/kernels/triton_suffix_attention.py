@@ -22,12 +22,12 @@ BLOCKS = {
     (2, 32): (64, 32, 4, 2),
     (2, 64): (64, 32, 4, 2),
     (2, 128): (64, 32, 4, 2),
-    (2, 256): (32, 32, 4, 1),
+    (2, 256): (64, 16, 8, 2),
     (4, 16): (32, 32, 4, 2),
     (4, 32): (32, 32, 4, 2),
-    (4, 64): (32, 32, 4, 1),
-    (4, 128): (32, 16, 4, 1),
-    (4, 256): (16, 16, 4, 1),
+    (4, 64): (32, 16, 4, 2),
+    (4, 128): (32, 16, 8, 2),
+    (4, 256): (16, 16, 4, 2),
 }
 # The same for own keys where no branch wants more than FEWEST_ROWS rows. Tiles are padded to them:
 # matrix instructions take no fewer.
@@ -49,19 +49,19 @@ BLOCKS_OF_FEW = {
 def suffix_attention(
     q: Float[Tensor, "row head d_head"],
     k: Float[Tensor, "row kv_head d_head"],
-    v: Float[Tensor, "row kv_head d_value"],
+    v: Float[Tensor, "row kv_head d_head"],
     table: Int[Tensor, "branch pos"],
     spans: Sequence[Span],
     rule: AttentionRule,
     key_mask: Bool[Tensor, "branch pos"] | None = None,
-) -> Float[Tensor, "out_row head d_value"]:
+) -> Float[Tensor, "out_row head d_head"]:
     """See `fastlens.ops.suffix_attention.suffix_attention`.
 
     Keys and values are read by the table where they lie; nothing is gathered. The table is copied
     to the host once, where the work is cut into tiles: that waits for the device.
     """
     n_heads, d_head = q.shape[1:]
-    if d_head > LARGEST_D_HEAD or v.shape[2] != d_head:
+    if d_head > LARGEST_D_HEAD:
         return torch_suffix_attention.suffix_attention(q, k, v, table, spans, rule, key_mask)
     host_table, host_mask, host_spans = _on_host(table, key_mask, spans)
     block_d = max(16, power_of_two(d_head))

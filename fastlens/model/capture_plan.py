@@ -7,7 +7,15 @@ from torch import Tensor
 
 from fastlens.components.attention import AbstractAttention
 from fastlens.components.pattern_tap import PatternTap
-from fastlens.components.recipes import Recipe, captured, fused_attention, norm_recipe, recipes_of
+from fastlens.components.recipes import (
+    Recipe,
+    captured,
+    fused_attention,
+    is_ours,
+    norm_recipe,
+    recipes_of,
+)
+from fastlens.components.rows import replaced_method
 from fastlens.hooks.capture import CapturePlan, CaptureSpec, capture_hook, derive_hook
 from fastlens.hooks.derived import CacheDict
 from fastlens.hooks.point import HookFunction, is_live
@@ -37,15 +45,21 @@ def transformer_plan(
     """
     cfg = model.cfg
     kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    if getattr(cfg, "ungroup_grouped_query_attention", False):
+        kv_heads = cfg.n_heads
     spec = replace(spec, group_size=cfg.n_heads // kv_heads)
-    lazy = lazy and not by_hooks
+    # A method of ours that a user replaced may do anything.
+    replaced = replaced_method() is not None
+    lazy = lazy and not by_hooks and not replaced
     cache: dict[str, Tensor] = CacheDict() if lazy else {}
     points = model.hook_dict
-    taps = [] if by_hooks else _taps(model, names, spec, cache)
+    taps = [] if by_hooks or replaced else _taps(model, names, spec, cache)
     tapped = {name for _, tap in taps for name in tap.points}
     recipes: dict[str, Recipe] = {}
     if lazy and spec.keeps_all:
-        recipes = captured(names, _recipes(model))
+        # Hooks on some points see, and give back, another form of what passes.
+        plain = {name for name in names if points[name].hook_conversion is None}
+        recipes = captured([name for name in names if name in plain], _recipes(model))
     fwd: list[tuple[str, HookFunction]] = []
     for name in names:
         if name in tapped:
@@ -67,7 +81,8 @@ def _recipes(model: Any) -> dict[str, Recipe]:
             found |= recipes_of(module, f"{name}.")
     # A subclass with a forward of its own may put anything before the last norm.
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    if getattr(model, "ends_in_norm", False) and last in model.hook_dict:
+    straight = getattr(model, "ends_in_norm", False) and is_ours(model.blocks[-1])
+    if straight and last in model.hook_dict:
         found |= norm_recipe(model._modules.get("ln_final"), "ln_final", last)
     return found
 
@@ -83,7 +98,7 @@ def _taps(
     taps = []
     for layer, places in wanted.items():
         attn = fused_attention(model.mod_dict[layer])
-        if attn is not None:
+        if attn is not None and not any(model.hook_dict[name].hook_conversion for name in places):
             seen = {name: model.hook_dict[name] for name in places}
             tap = PatternTap(cache, seen, spec, _sources(attn, layer, set(names)))
             taps.append((attn, tap))

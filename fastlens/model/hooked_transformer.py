@@ -117,7 +117,7 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
 
         A cache then need not store what `ln_final` normalises.
         """
-        return type(self).forward is HookedTransformer.forward and "forward" not in self.__dict__
+        return type(self).forward is _FORWARD and "forward" not in self.__dict__
 
     def _submodule(self, name: str) -> Any:
         if name not in self._modules:
@@ -349,3 +349,7 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
     def move_model_modules_to_device(self) -> None:
         """Move everything to ``cfg.device``."""
         nn.Module.to(self, self.cfg.device)
+
+
+# As it is defined here: a class, too, can have its method replaced.
+_FORWARD = HookedTransformer.forward

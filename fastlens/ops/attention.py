@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlens.errors import ShapeError
 from fastlens.kernels.attention_gradients import attention_gradients
 from fastlens.kernels.masks import AttentionRule, with_lengths
+from fastlens.ops.attention_inputs import check_lengths, checked_mask
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
 
@@ -16,7 +16,7 @@ def attention(
     v: Float[Tensor, "batch key_pos kv_head d_head"],
     rule: AttentionRule,
     offset: int = 0,
-    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
+    key_mask: Bool[Tensor, "#batch key_pos"] | None = None,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
     key_lengths: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch query_pos head d_head"]:
@@ -26,8 +26,10 @@ def attention(
         q: Queries; row i stands at absolute position ``offset + i``.
         k, v: Keys and values from position 0 on. Query head h reads KV head
             ``h // (head / kv_head)``; they are not expanded.
-        rule: Scale, causality, window, soft-cap, ALiBi.
-        key_mask: False where a key is padding. A query row that sees no key gives zeros.
+        rule: Scale, causality, window (1 or more), soft-cap, ALiBi.
+        offset: 0 or more.
+        key_mask: False where a key is padding; one row may stand for all examples. A query row that
+            sees no key gives zeros.
         bias: Added to the scores (nats), after soft-cap and ALiBi; minus infinity hides a key. Any
             strides: expand one that queries share.
         key_lengths: How many keys of each example count, from the front; the rest is padding.
@@ -37,12 +39,13 @@ def attention(
     Cost: ``4 * d_head`` FLOPs a visible pair of query and key. Where a mask or bias is needed, one
     mask of at most 512 query rows at a time. On CUDA a Triton kernel is taken if FASTLENS_TRITON=1
     (not run on a GPU); its gradient is made in blocks of query rows.
-    Raises: ShapeError for heads that are no multiple of the KV heads.
+    Raises: ShapeError for heads that are no multiple of the KV heads, any other shapes that do not
+        fit, numbers that are not floating-point, an offset below 0, a window below 1.
     """
+    key_mask = checked_mask(q, k, v, rule, offset, key_mask, bias)
     if key_lengths is not None:
+        check_lengths(key_lengths, q.shape[0])
         key_mask = with_lengths(key_mask, key_lengths, k.shape[1])
-    if q.shape[2] % k.shape[2]:
-        raise ShapeError(f"{q.shape[2]} query heads cannot share {k.shape[2]} KV heads evenly.")
     device = q.device.type
     kernel = kernel_for("attention", device, q.dtype)
     if is_opaque("attention", device, q.dtype):
@@ -56,7 +59,7 @@ def attention_with_lse(
     v: Float[Tensor, "batch key_pos kv_head d_head"],
     rule: AttentionRule,
     offset: int = 0,
-    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
+    key_mask: Bool[Tensor, "#batch key_pos"] | None = None,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
     key_lengths: Int[Tensor, " batch"] | None = None,
 ) -> tuple[Float[Tensor, "batch query_pos head d_head"], Float[Tensor, "batch head query_pos"]]:
@@ -73,10 +76,10 @@ def attention_with_lse(
     On the CPU it comes from PyTorch's fused kernel; with a soft-cap, or while a gradient of
     ``bias`` is recorded, scores are made a second time for it, in blocks of query rows.
     """
+    key_mask = checked_mask(q, k, v, rule, offset, key_mask, bias)
     if key_lengths is not None:
+        check_lengths(key_lengths, q.shape[0])
         key_mask = with_lengths(key_mask, key_lengths, k.shape[1])
-    if q.shape[2] % k.shape[2]:
-        raise ShapeError(f"{q.shape[2]} query heads cannot share {k.shape[2]} KV heads evenly.")
     device = q.device.type
     kernel = kernel_for("attention_lse", device, q.dtype)
     if is_opaque("attention_lse", device, q.dtype):

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastlens.errors import GradientError, ShapeError
 from fastlens.kernels.attention_gradients import row_gradients
 from fastlens.kernels.masks import AttentionRule
-from fastlens.kernels.sites import flat_sites
+from fastlens.kernels.sites import check_table, flat_sites
+from fastlens.ops.attention_inputs import check_floats, check_heads, checked_mask, indices_of
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
 
@@ -20,7 +21,7 @@ def attention_pattern(
     heads: Sequence[int] | Int[Tensor, " kept_head"] | None = None,
     rows: Sequence[int] | Int[Tensor, " kept_row"] | None = None,
     offset: int = 0,
-    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
+    key_mask: Bool[Tensor, "#batch key_pos"] | None = None,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
     lse: Float[Tensor, "batch head query_pos"] | None = None,
     scores: bool = False,
@@ -46,9 +47,10 @@ def attention_pattern(
     result alone.
     Cost: ``2 * d_head`` FLOPs a weight. Beside the result, blocks of at most 512 query rows of the
     chosen heads; neither q, k nor scores of other heads are touched.
-    Raises: ShapeError for an index outside, or heads that are no multiple of the KV heads.
+    Raises: ShapeError for an index outside or what is no index (a mask of truth values, a
+        fraction), and for what does not fit, as in `fastlens.ops.attention.attention`.
     """
-    _check_heads(q.shape[2], k.shape[2])
+    key_mask = checked_mask(q, k, None, rule, offset, key_mask, bias, lse)
     heads = None if heads is None else indices_of(heads, q.shape[2], "head")
     rows = None if rows is None else indices_of(rows, q.shape[1], "query row")
     kernel = kernel_for("attention_pattern", q.device.type, q.dtype)
@@ -61,7 +63,7 @@ def attention_pattern_rows(
     rule: AttentionRule,
     sites: Int[Tensor, "site 3"],
     offset: int = 0,
-    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
+    key_mask: Bool[Tensor, "#batch key_pos"] | None = None,
     lse: Float[Tensor, "batch head query_pos"] | None = None,
     scores: bool = False,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
@@ -80,9 +82,14 @@ def attention_pattern_rows(
     Cost: ``2 * d_head`` FLOPs a weight; beside the result, the keys of one KV head of one example.
     On CUDA a Triton kernel is taken if FASTLENS_TRITON=1 (not run on a GPU).
     Raises: SiteError for an index below 0 or past the end; GradientError for a bias that asks for a
-        gradient; ShapeError for heads that are no multiple of the KV heads.
+        gradient; ShapeError for sites that are no integers, and as in `attention_pattern`.
     """
-    _check_heads(q.shape[2], k.shape[2])
+    key_mask = checked_mask(q, k, None, rule, offset, key_mask, bias, lse)
+    check_table(sites, 3)
+    if sites.shape[1] != 3:
+        raise ShapeError(
+            f"sites are [site, 3], each (example, head, query row); got {list(sites.shape)}."
+        )
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         raise GradientError(
             "attention_pattern_rows passes no gradient to bias, and bias asks for one. Detach it, "
@@ -113,17 +120,29 @@ def attention_with_pattern(
 
     Numerics: one matrix product, summed in float32 for 16-bit inputs. Differentiable in both.
     Cost: ``2 * d_head`` FLOPs a weight. Values are not repeated for the query heads of a group.
-    Raises: ShapeError for heads that do not fit.
+    Raises: ShapeError for heads, a batch or keys that do not fit.
     """
+    if (
+        pattern.ndim != 4
+        or v.ndim != 4
+        or pattern.shape[0] != v.shape[0]
+        or pattern.shape[3] != v.shape[1]
+    ):
+        raise ShapeError(
+            f"a pattern is [batch, head, query_pos, key_pos] and v [batch, key_pos, kv_head, "
+            f"d_head], of one batch and as many keys; got {list(pattern.shape)} and "
+            f"{list(v.shape)}."
+        )
+    check_floats(v)
     if heads is None:
-        _check_heads(pattern.shape[1], v.shape[2])
+        check_heads(pattern.shape[1], v.shape[2])
     else:
         if n_heads is None:
             raise ShapeError(
-                f"a pattern of heads {list(heads)} needs n_heads, the number of all query heads: "
+                f"a pattern of heads {heads} needs n_heads, the number of all query heads: "
                 f"it says which of the {v.shape[2]} heads of values each of them reads."
             )
-        _check_heads(n_heads, v.shape[2])
+        check_heads(n_heads, v.shape[2])
         heads = indices_of(heads, n_heads, "head")
         if len(heads) != pattern.shape[1]:
             raise ShapeError(f"{len(heads)} heads were named for a pattern of {pattern.shape[1]}.")
@@ -131,26 +150,6 @@ def attention_with_pattern(
         return torch.ops.fastlens.attention_with_pattern(pattern, v, heads, n_heads)
     kernel = kernel_for("attention_with_pattern", v.device.type, v.dtype)
     return kernel(pattern, v, heads, n_heads)
-
-
-def indices_of(
-    indices: Sequence[int] | Int[Tensor, " index"], length: int, name: str
-) -> Sequence[int]:
-    """Indices from 0 up, checked against a length."""
-    if isinstance(indices, range) and (
-        not len(indices) or (min(indices) >= 0 and max(indices) < length)
-    ):
-        return indices
-    given = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-    outside = [i for i in given if not -length <= i < length]
-    if outside:
-        raise ShapeError(f"{name} {outside[0]} was asked for, and there are {length}.")
-    return tuple(i + length if i < 0 else i for i in given)
-
-
-def _check_heads(n_heads: int, kv_heads: int) -> None:
-    if not kv_heads or n_heads % kv_heads:
-        raise ShapeError(f"{n_heads} query heads cannot share {kv_heads} heads of keys evenly.")
 
 
 # -- the ops that compilers see --------------------------------------------------------------------

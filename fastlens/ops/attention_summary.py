@@ -11,7 +11,7 @@ from fastlens.errors import ShapeError
 from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.masks import KeyGroup as KeyGroup
 from fastlens.kernels.score_blocks import ScoreBlocks, softmax
-from fastlens.ops.attention_pattern import indices_of
+from fastlens.ops.attention_inputs import checked_mask, indices_of
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
 
@@ -44,7 +44,7 @@ def attention_summary(
     groups: Sequence[KeyGroup] = (),
     top_k: int = 0,
     offset: int = 0,
-    key_mask: Bool[Tensor, "batch key_pos"] | None = None,
+    key_mask: Bool[Tensor, "#batch key_pos"] | None = None,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
 ) -> AttentionSummary:
     """Entropy, mass on chosen keys and largest weights of every query row of the pattern A.
@@ -71,10 +71,12 @@ def attention_summary(
     Cost: ``2 * d_head`` FLOPs a visible weight, twice that with ``top_k``; nothing larger than a
     block of at most 512 query rows is held. On CUDA a Triton kernel makes all but the largest
     weights if FASTLENS_TRITON=1 (not run on a GPU).
-    Raises: ShapeError for an index outside, or labels that are not one for each query and key.
+    Raises: ShapeError for an index outside, a ``top_k`` below 0, labels that are not one for each
+        query and key, and what does not fit, as in `fastlens.ops.attention.attention`.
     """
-    if not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ShapeError(f"{q.shape[2]} query heads cannot share {k.shape[2]} KV heads evenly.")
+    key_mask = checked_mask(q, k, None, rule, offset, key_mask, bias)
+    if top_k < 0:
+        raise ShapeError(f"top_k={top_k} is a number of weights: 0 for none, or more.")
     heads = None if heads is None else indices_of(heads, q.shape[2], "head")
     for number, group in enumerate(groups):
         found = tuple(group.query_labels.shape), tuple(group.key_labels.shape)

@@ -9,6 +9,14 @@ from torch import Tensor
 from fastlens.errors import GradientError, ShapeError
 from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.spans import Span as Span
+from fastlens.ops.attention_inputs import (
+    check_branches,
+    check_floats,
+    check_heads,
+    check_mask,
+    check_rule,
+    is_integer,
+)
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
 
@@ -44,11 +52,12 @@ def suffix_attention(
     float64): the last bits depend on which branches come together.
     Cost: keys are gathered for some branches at a time, within 24 MB, a shared prefix once for all.
     Kernels for CUDA read keys by the table and gather nothing; they were not run on a GPU.
-    Raises: ShapeError for what does not fit. GradientError if a gradient is wanted: there is none.
+    Raises: ShapeError for what does not fit, and on the CPU for a branch that the table does not
+        have. GradientError if a gradient is wanted: there is none.
         On the CPU a row outside the packed ones raises torch's IndexError; on a GPU it is not
         checked.
     """
-    _check(q, k, v, table, spans, key_mask)
+    _check(q, k, v, table, spans, rule, key_mask)
     kernel = kernel_for("suffix_attention", q.device.type, q.dtype)
     if not is_opaque("suffix_attention", q.device.type, q.dtype):
         _refuse_gradient(q, k, v)
@@ -61,21 +70,41 @@ def suffix_attention(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, spans: Sequence[Span], key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    spans: Sequence[Span],
+    rule: AttentionRule,
+    key_mask: Tensor | None,
 ) -> None:
-    if k.shape != v.shape or len(q) != len(k) or q.shape[2] != k.shape[2]:
+    if (
+        q.ndim != 3
+        or k.ndim != 3
+        or k.shape != v.shape
+        or len(q) != len(k)
+        or q.shape[2] != k.shape[2]
+    ):
         raise ShapeError(
             f"q is [row, head, d_head], k and v are [row, kv_head, d_head] with the same rows; got "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
         )
-    if q.shape[1] % max(1, k.shape[1]):
-        raise ShapeError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads evenly.")
-    if key_mask is not None and key_mask.shape != table.shape:
+    check_heads(q.shape[1], k.shape[1])
+    check_floats(q)
+    check_rule(rule)
+    if table.ndim != 2 or not is_integer(table):
         raise ShapeError(
-            f"the key mask is [branch, pos] as the table, {list(table.shape)}; got "
-            f"{list(key_mask.shape)}."
+            f"the table is [branch, pos], integers; got {table.dtype} {list(table.shape)}."
         )
+    if key_mask is not None:
+        check_mask(key_mask)
+        if key_mask.shape != table.shape:
+            raise ShapeError(
+                f"the key mask is [branch, pos] as the table, {list(table.shape)}; got "
+                f"{list(key_mask.shape)}."
+            )
     for span in spans:
+        check_branches(span.branches, table.shape[0])
         if not 0 <= span.start < span.stop <= table.shape[1]:
             raise ShapeError(
                 f"a span is wanted from position {span.start} up to {span.stop}, and the table has "

@@ -37,8 +37,8 @@ def test_an_edit_of_one_head(which):
     points[which].add_hook(OfHeads(lambda seen, hook: seen * 0.5, [2]))
     found = with_heads_looked_at(z, v, attended, (2,), points)
     scores = reference.attention_scores(attended.q, attended.k, attended.rule)
-    pattern = reference.attention_pattern(scores)
-    edited = [reference.attention_pattern(scores * 0.5), pattern * 0.5][which]
+    pattern = reference.pattern_of(scores)
+    edited = [reference.pattern_of(scores * 0.5), pattern * 0.5][which]
     expected = reference.attention_with_pattern(edited, v)
     assert_close_to(found[:, :, 2], expected[:, :, 2], atol=1e-14)
     others = [0, 1, 3]

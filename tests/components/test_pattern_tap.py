@@ -30,7 +30,7 @@ def attended(batch: int = 2, n_queries: int = 9, offset: int = 3) -> Attended:
 
 def truth(a: Attended, scores: bool = False) -> torch.Tensor:
     found = reference.attention_scores(a.q, a.k, a.rule, a.offset, a.key_mask)
-    return found if scores else reference.attention_pattern(found)
+    return found if scores else reference.pattern_of(found)
 
 
 def tap(cache, spec=None, sources=None, names=(SCORES, NAME)):
@@ -56,7 +56,24 @@ def test_what_is_captured_anyway_is_the_source():
     cache["q"], cache["k"] = a.q, a.k
     tap(cache, sources=("q", "k")).fused(a)
     held = {t.data_ptr() for t in cache.entry(NAME).held()}
-    assert held == {a.q.data_ptr(), a.k.data_ptr()}
+    assert {a.q.data_ptr(), a.k.data_ptr()} <= held
+    # The padding is a copy: the caller may edit a mask.
+    assert len(held) == 3 and a.key_mask.data_ptr() not in held
+
+
+def test_a_mask_edited_later_changes_nothing():
+    cache, a = CacheDict(), attended()
+    expected = truth(a)
+    tap(cache).fused(a)
+    a.key_mask[:] = True
+    assert_close_to(cache[NAME], expected, atol=1e-14)
+
+
+def test_captured_queries_that_are_of_another_run_are_no_source():
+    cache, a = CacheDict(), attended(offset=0)
+    cache["q"], cache["k"] = a.q.clone(), a.k.clone()
+    tap(cache, sources=("q", "k")).fused(a)
+    assert a.q.data_ptr() in {t.data_ptr() for t in cache.entry(NAME).held()}
 
 
 def test_a_pattern_smaller_than_queries_and_keys_is_made_at_once():

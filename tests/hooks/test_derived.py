@@ -3,11 +3,12 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from fastlens.errors import HookNameError
+from fastlens.errors import EditedError
 from fastlens.hooks.derived import CacheDict, Derived
 
 
@@ -62,6 +63,46 @@ READERS = {
 }
 
 
+def test_copies_and_files_leave_the_original_as_it_was():
+    for reader in (copy.deepcopy, copy.copy, pickle.dumps):
+        cache, _, _ = made()
+        reader(cache)
+        assert isinstance(cache.entry("b"), Derived)
+
+
+def test_a_value_that_was_read_and_edited_is_no_source():
+    cache, _, _ = made()
+    cache["b"].zero_()
+    with pytest.raises(EditedError, match="'b', which it is computed from, was edited"):
+        cache["c"]
+
+
+def test_under_autocast_and_in_inference_mode_the_value_is_the_same():
+    source = torch.randn(8, 8)
+    for context in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        entry = Derived("b", torch.matmul, {"a": source, "c": source}, (8, 8), torch.float32)
+        with context:
+            value = entry.read()
+        assert torch.equal(value, source @ source)
+        assert not value.is_inference()
+
+
+def test_threads_that_read_one_entry():
+    for _ in range(20):
+        cache, source, _ = made()
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(cache.__getitem__, ["c", "b"] * 8))
+        assert all(torch.equal(value.abs(), source + 1) for value in found)
+
+
+def test_a_place_captured_twice():
+    cache = CacheDict()
+    cache.capture("a", torch.ones(1))
+    assert not cache.repeated
+    cache.capture("a", torch.ones(1))
+    assert cache.repeated
+
+
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_every_way_to_read_gives_tensors(reader):
     cache, source, _ = made()
@@ -102,14 +143,14 @@ def test_a_source_edited_before_the_first_read():
     cache, source, _ = made()
     source.add_(1)
     for name in ("b", "c"):
-        with pytest.raises(HookNameError, match="'a', which it is computed from, was edited"):
+        with pytest.raises(EditedError, match="'a', which it is computed from, was edited"):
             cache[name]
 
 
 def test_a_view_of_a_source_edited():
     cache, source, _ = made()
     source[0].zero_()
-    with pytest.raises(HookNameError, match="lazy=False"):
+    with pytest.raises(EditedError, match="lazy=False"):
         cache["b"]
 
 
@@ -130,7 +171,7 @@ def test_sources_are_let_go_when_read():
 
 def test_changed_and_moved_entries():
     cache, source, _ = made()
-    row = cache.entry("c").then(lambda x: x[0])
+    row = cache.entry("c").then(lambda x: x[0], (3,))
     assert row.shape == (3,)
     assert torch.equal(row.read(), -(source + 1)[0])
     doubled = cache.entry("b").on(lambda tensor: tensor * 2)

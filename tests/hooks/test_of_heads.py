@@ -141,6 +141,52 @@ def test_gradients_reach_through_the_edited_head():
     assert_close_to(grads[0], grads[1], atol=1e-12)
 
 
+def test_in_inference_mode_and_in_place_on_scores_with_gradients():
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts()
+
+    def fall(part, hook):
+        part[:, :, 3:] *= 0.5
+
+    def fall_of_all(scores, hook):
+        scores = scores.clone()
+        scores[:, 1, 3:] *= 0.5
+        return scores
+
+    expected = model.run_with_hooks(tokens, fwd_hooks=[(SCORES, fall_of_all)])
+    hooks = [(SCORES, OfHeads(fall, [1]))]
+    found = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert_close_to(found, expected, atol=1e-12)
+    found.sum().backward()
+    with torch.inference_mode():
+        assert_close_to(model.run_with_hooks(tokens, fwd_hooks=hooks), expected, atol=1e-12)
+
+
+def test_a_hook_that_runs_the_model():
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts()
+    is_within: list[bool] = []
+
+    def run(part, hook):
+        if not is_within:
+            is_within.append(True)
+            model(tokens.flip(1))
+
+    both = [(PATTERN, OfHeads(run, [2])), (PATTERN, OfHeads(lambda p, hook: p * 0.5, [1]))]
+    found = model.run_with_hooks(tokens, fwd_hooks=both)
+    expected = model.run_with_hooks(tokens, fwd_hooks=both[1:])
+    assert_close_to(found, expected, atol=1e-12)
+
+
+def test_heads_that_are_no_indices():
+    with pytest.raises(ShapeError, match="give a list of whole numbers"):
+        OfHeads(first_row_gone, [True, False])
+
+
+def test_answers_that_are_no_tensors():
+    model = ours("gpt2")
+    with pytest.raises(ShapeError, match="returned float: what it returns"):
+        model.run_with_hooks(prompts(), fwd_hooks=[(PATTERN, OfHeads(lambda p, hook: 0.5, [1]))])
+
+
 @pytest.mark.parametrize("heads", [[], [-1], [1, 1]])
 def test_heads_that_are_none(heads):
     with pytest.raises(ShapeError, match="each only once"):

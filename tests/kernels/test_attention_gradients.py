@@ -54,7 +54,7 @@ def test_repeated_heads_and_rows_add_up():
     q, k, _ = qkv(5, 5, 2)
     bias = torch.randn(1, 4, 5, 5, dtype=torch.float64)
     rest = RULES["causal"], [1, 1], [4, 4, 2], 0, None, bias
-    pattern = reference.attention_pattern(reference.attention_scores(q, k, rest[0], 0, None, bias))
+    pattern = reference.pattern_of(reference.attention_scores(q, k, rest[0], 0, None, bias))
     pattern = pattern[:, [1, 1]][:, :, [4, 4, 2]]
     grad = torch.ones_like(pattern).cumsum(-1)
     once = [RULES["causal"], [1], [4, 2], 0, None, bias]

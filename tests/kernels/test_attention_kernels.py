@@ -166,7 +166,7 @@ def test_patterns(kernel, rule, size, choice, blocks):
 
         def chosen(q, k, added=bias, mask=mask, *, scores=False):
             found = reference.attention_scores(q, k, rule, offset, mask, added)
-            found = found if scores else reference.attention_pattern(found)
+            found = found if scores else reference.pattern_of(found)
             found = found if heads is None else found[:, list(heads)]
             return found if rows is None else found[:, :, list(rows)]
 
@@ -199,7 +199,7 @@ def test_patterns(kernel, rule, size, choice, blocks):
 def test_patterns_in_every_dtype(kernel, rule, dtype, scores):
     def spec(q, k):
         found = reference.attention_scores(q, k, rule, 0, padding(9))
-        found = found if scores else reference.attention_pattern(found)
+        found = found if scores else reference.pattern_of(found)
         return found.masked_fill(found == -torch.inf, 0.0)
 
     def made(q, k):

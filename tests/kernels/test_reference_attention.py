@@ -23,7 +23,7 @@ def test_a_row_that_sees_no_key_gives_zeros():
     q = torch.randn(1, 3, 2, 4)
     mask = torch.tensor([[False, False, True]])
     scores = reference.attention_scores(q, q, AttentionRule(2.0), key_mask=mask)
-    pattern = reference.attention_pattern(scores)
+    pattern = reference.pattern_of(scores)
     assert (scores[0, :, 0] == -torch.inf).all() and not pattern[0, :, :2].any()
     assert torch.equal(pattern[0, :, 2], torch.tensor([0.0, 0.0, 1.0]).expand(2, 3))
 
@@ -109,7 +109,7 @@ def test_the_log_sum_exp_by_hand():
 
 def test_a_row_without_keys_has_no_gradient():
     scores = torch.tensor([[-math.inf, -math.inf], [1.0, -math.inf]], requires_grad=True)
-    (grad,) = torch.autograd.grad((reference.attention_pattern(scores) ** 2).sum(), scores)
+    (grad,) = torch.autograd.grad((reference.pattern_of(scores) ** 2).sum(), scores)
     assert not grad.any()
 
 
@@ -147,3 +147,23 @@ def test_rows_by_hand():
     assert_close_to(reference.attention_pattern_rows(q, k, rule, sites, lse=lse), found, atol=1e-7)
     found = reference.attention_pattern_rows(q, k, rule, sites, scores=True)
     assert_close_to(found, [[0.0, math.log(3)], [0.0, -math.inf]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_chosen_part_of_the_pattern(dtype):
+    q, k, v = (x.to(dtype) for x in torch.randn(3, 2, 5, 4, 8, dtype=torch.float64).unbind(0))
+    rule, mask = AttentionRule(2.0), torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :2] = False
+    wide = torch.promote_types(torch.float32, dtype)
+    scores = reference.attention_scores(q.to(wide), k.to(wide), rule, 0, mask)[:, [2, 0]][
+        :, :, [4, 0]
+    ]
+    _, lse = reference.attention_lse(q.to(wide), k.to(wide), v.to(wide), rule, 0, mask)
+    given = q, k, rule, [2, 0], [4, 0], 0, mask, None
+    assert torch.equal(reference.attention_pattern(*given, scores=True), scores.to(dtype))
+    pattern = reference.pattern_of(scores)
+    assert not pattern[0, :, 1].any()
+    for found in (reference.attention_pattern(*given), reference.attention_pattern(*given, lse)):
+        assert found.dtype == dtype
+        assert_close_to(found.to(wide), pattern, atol=4e-3 if dtype == torch.bfloat16 else 1e-12)
+    assert reference.attention_pattern(q, k, rule).shape == (2, 4, 5, 5)

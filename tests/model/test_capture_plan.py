@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlens import ActivationCache, HookedEncoder, TransformerLensKeyValueCache
-from fastlens.errors import HookNameError, ShapeError
+from fastlens.errors import EditedError, HookNameError, LayerError, ShapeError
 from fastlens.hooks.derived import CacheDict, Derived
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS, tiny
@@ -267,7 +267,7 @@ def test_a_captured_tensor_edited_before_its_entry_is_read():
     model, tokens = ours("gpt2"), prompts()
     _, cache = model.run_with_cache(tokens)
     cache["q", 1][:, 0] = 0
-    with pytest.raises(HookNameError, match=r"'blocks\.1\.attn\.hook_q'.*was edited.*lazy=False"):
+    with pytest.raises(EditedError, match=r"'blocks\.1\.attn\.hook_q'.*was edited.*lazy=False"):
         cache["pattern", 1]
     assert cache["pattern", 0].shape == (3, 4, 11, 11)
 
@@ -276,7 +276,7 @@ def test_editing_the_stream_of_a_lazy_cache_is_told_too():
     model, tokens = ours("gpt2"), prompts()
     _, cache = model.run_with_cache(tokens)
     cache["resid_pre", 0].zero_()
-    with pytest.raises(HookNameError, match="hook_resid_pre"):
+    with pytest.raises(EditedError, match="hook_resid_pre"):
         cache["normalized", 0, "ln1"]
     _, cache = model.run_with_cache(tokens, lazy=False)
     cache["resid_pre", 0].zero_()
@@ -390,3 +390,153 @@ def test_encoders_derive_too():
     assert "blocks.0.ln1.hook_normalized" in derived(lazy)
     assert "blocks.1.attn.hook_pattern" in derived(lazy)
     assert_same(lazy, stored)
+
+
+# -- what an adversary found -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["hook_attn_in", "hook_q_input", "hook_mlp_in"])
+def test_flags_are_on_before_it_is_decided_what_follows_from_what(place):
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts()
+    part = "ln2" if place == "hook_mlp_in" else "ln1"
+    source = "hook_resid_mid" if place == "hook_mlp_in" else "hook_resid_pre"
+    names = [f"blocks.0.{one}" for one in (source, place, f"{part}.hook_scale")]
+    names.append(f"blocks.0.{part}.hook_normalized")
+    # A hook from when the flag was on.
+    model.hook_dict[f"blocks.0.{place}"].add_hook(lambda x, hook: x * 0.5)
+    _, lazy = model.run_with_cache(tokens, names_filter=names)
+    _, stored = model.run_with_cache(tokens, names_filter=names, lazy=False)
+    assert_same(lazy, stored)
+    assert not (model.cfg.use_attn_in or model.cfg.use_split_qkv_input or model.cfg.use_hook_mlp_in)
+
+
+def test_a_hook_of_torch_on_the_last_block_changes_what_is_normalised():
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts()
+    model.blocks[-1].register_forward_hook(lambda module, args, out: out + 1.0)
+    lazy, stored = (model.run_with_cache(tokens, lazy=lazy)[1] for lazy in (True, False))
+    assert_same(lazy, stored)
+
+
+@pytest.mark.parametrize("place", ["hook_attn_out", "attn.hook_v", "attn.hook_q"])
+def test_a_run_within_a_run(place):
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts()
+    found = []
+    for lazy in (True, False):
+        is_within = []
+
+        def run(activation: Tensor, hook: Any, is_within: list = is_within) -> None:
+            if not is_within:
+                is_within.append(True)
+                model(tokens.flip(1))
+
+        with model.hooks([(f"blocks.1.{place}", run)]):
+            found.append(model.run_with_cache(tokens, lazy=lazy)[1])
+    assert_same(*found)
+
+
+def test_a_cached_run_within_a_cached_run_leaves_the_outer_one_its_patterns():
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts()
+    is_within: list[bool] = []
+
+    def run(activation: Tensor, hook: Any) -> None:
+        if not is_within:
+            is_within.append(True)
+            model.run_with_cache(tokens.flip(1))
+
+    with model.hooks([("blocks.1.hook_resid_pre", run)]):
+        _, cache = model.run_with_cache(tokens)
+    _, plain = model.run_with_cache(tokens)
+    assert_close_to(cache["pattern", 2], plain["pattern", 2], atol=1e-14)
+    assert all(block.attn.tap is None for block in model.blocks)
+
+
+def test_heads_of_ungrouped_keys():
+    model, tokens = ours("llama", dtype=torch.float64), prompts()
+    model.set_ungroup_grouped_query_attention(True)
+    _, whole = model.run_with_cache(tokens)
+    _, cache = model.run_with_cache(tokens, heads=[0, 3])
+    assert torch.equal(cache["k", 1], whole["k", 1][:, :, [0, 3]])
+
+
+def test_an_activation_function_of_somebody_elses_is_not_run_again():
+    model, tokens = ours("llama", dtype=torch.float64), prompts()
+    silu = torch.nn.functional.silu
+    for function in (lambda x: silu(x, inplace=True), torch.nn.functional.dropout):
+        model.blocks[1].mlp.act_fn = function
+        _, cache = model.run_with_cache(tokens)
+        mlp = model.blocks[1].mlp
+        assert_close_to(cache["post", 1] @ mlp.W_out + mlp.b_out, cache["mlp_out", 1], atol=1e-12)
+
+
+METHODS = {"attn": "calculate_qkv_matrices _rotated _biased", "mlp": "_after_activation"}
+
+
+@pytest.mark.parametrize(
+    ("part", "method"), [(part, name) for part in METHODS for name in METHODS[part].split()]
+)
+def test_a_method_replaced_on_a_part(part, method):
+    model, tokens = ours("llama", dtype=torch.float64), prompts()
+    module = getattr(model.blocks[1], part)
+    old = getattr(module, method)
+
+    def other(*args: Any) -> Any:
+        out = old(*args)
+        return tuple(x * 1.5 for x in out) if isinstance(out, tuple) else out * 1.5
+
+    setattr(module, method, other)
+    seen = {}
+    hooks = [(PATTERN, lambda x, hook: seen.update({PATTERN: x}))]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    lazy, stored = (model.run_with_cache(tokens, lazy=lazy)[1] for lazy in (True, False))
+    assert_same(lazy, stored)
+    assert_close_to(lazy[PATTERN], seen[PATTERN], atol=1e-14)
+
+
+@pytest.mark.parametrize("place", ["hook_resid_mid", "hook_resid_pre", "attn.hook_pattern"])
+def test_places_whose_hooks_see_another_form(place):
+    class Doubled:
+        def convert(self, value: Tensor) -> Tensor:
+            return value * 2
+
+        def revert(self, value: Tensor) -> Tensor:
+            return value / 2
+
+    model, tokens = ours("gpt2", dtype=torch.float64), prompts()
+    model.hook_dict[f"blocks.1.{place}"].enable_reshape(Doubled())
+    seen = {}
+    hooks = [(f"blocks.1.{place}", lambda x, hook: seen.update(x=x))]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    lazy, stored = (model.run_with_cache(tokens, lazy=lazy)[1] for lazy in (True, False))
+    assert_same(lazy, stored)
+    assert_close_to(lazy[f"blocks.1.{place}"], seen["x"], atol=1e-14)
+
+
+@pytest.mark.parametrize("choice", [[1, 0], (0, 2), torch.tensor([True, False, True]), 2, -1])
+def test_some_examples_of_a_cache_that_is_not_computed(choice):
+    lazy, stored = caches("llama")
+    some, expected = (c.apply_slice_to_batch_dim(choice) for c in (lazy, stored))
+    assert derived(some) == derived(lazy)
+    # Computed from the chosen examples alone, so edits of others do not matter.
+    for name in stored:
+        assert_close_to(some[name].nan_to_num(0), expected[name].nan_to_num(0), atol=1e-13)
+
+
+def test_a_slice_of_a_cache_holds_only_its_examples():
+    lazy, stored = caches("gpt2", prompts(batch=6))
+    assert lazy.apply_slice_to_batch_dim([0]).nbytes * 5.9 < lazy.nbytes
+    sliced = lazy.apply_slice_to_batch_dim([1, 0])
+    lazy["pattern", 0].zero_()
+    assert_close_to(sliced["pattern", 0], stored["pattern", 0][[1, 0]], atol=1e-14)
+
+
+def test_heads_and_rows_that_are_no_indices():
+    model, tokens = ours("gpt2"), prompts()
+    with pytest.raises(ShapeError, match="give a list of whole numbers"):
+        model.run_with_cache(tokens, heads=[True, False])
+    with pytest.raises(LayerError, match="names layer 5, and the model has layers 0 to 2"):
+        model.run_with_cache(tokens, heads={5: [1]})
+    _, cache = model.run_with_cache(tokens)
+    with pytest.raises(ShapeError, match="query_pos"):
+        cache.pattern_rows(0, query_pos=torch.ones(11, dtype=torch.bool))
+    with pytest.raises(HookNameError, match=r"blocks\.7\.attn\.hook_pattern"):
+        cache.pattern_rows(7)

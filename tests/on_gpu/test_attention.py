@@ -120,7 +120,7 @@ def test_log_sum_exp_and_the_pattern_from_it(device, dtype, rule, size):
     heads = [3, 0]
     sites = torch.tensor([[0, 0, 0], [1, 3, size - 1], [1, 2, size // 2]], device=device)
     wide = reference.attention_scores(q.double().cpu(), k.double().cpu(), rule, 0, mask.cpu())
-    pattern = reference.attention_pattern(wide)
+    pattern = reference.pattern_of(wide)
     blind = wide.logsumexp(-1) == -torch.inf
     ops = ["attention_lse", "attention_pattern", "attention_pattern_rows"]
     for name, kernels in families(ops, device, dtype):
@@ -169,7 +169,7 @@ def test_summaries(device, dtype, rule, size):
     mask = padding(size, device)
     labels = torch.randint(0, 4, (2, size), device=device)
     wide = reference.attention_scores(q.double().cpu(), k.double().cpu(), rule, 0, mask.cpu())
-    pattern = reference.attention_pattern(wide)
+    pattern = reference.pattern_of(wide)
     order = torch.arange(size)
     same = (labels.cpu()[:, :, None] == labels.cpu()[:, None]) & (order[:, None] != order)
     expected = {

@@ -25,7 +25,7 @@ each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 def whole(q, k, rule, offset=0, mask=None, bias=None, scores=False):
     found = reference.attention_scores(q, k, rule, offset, mask, bias)
-    return found if scores else reference.attention_pattern(found)
+    return found if scores else reference.pattern_of(found)
 
 
 # -- what is chosen --------------------------------------------------------------------------------

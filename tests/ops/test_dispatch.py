@@ -1,5 +1,7 @@
 """Dispatch: the best kernel that does not refuse, and the reasons of those that do."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -13,6 +15,19 @@ def test_every_op_has_a_reference_and_a_kernel():
     assert set(dispatch.kernels()) >= {"attention", "layer_norm", "rms_norm", "rotary"}
     for op in dispatch.kernels():
         assert callable(getattr(reference, op))
+
+
+def test_each_reference_is_called_as_its_kernels_are():
+    def parameters(fn):
+        return [(p.name, p.default, p.kind) for p in inspect.signature(fn).parameters.values()]
+
+    for op, kernels in dispatch.kernels().items():
+        specified = parameters(getattr(reference, op))
+        for kernel in kernels:
+            found = parameters(kernel.fn)
+            assert found[: len(specified)] == specified, (op, kernel.name)
+            # What one kernel takes beside, it can do without.
+            assert all(default is not inspect._empty for _, default, _ in found[len(specified) :])
 
 
 def test_a_refusing_kernel_is_passed_over_and_its_sentence_kept(monkeypatch):

@@ -1,5 +1,7 @@
 """The public op: what it means, what it refuses, and how compilers see it."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fastlens.errors import GradientError, ShapeError
 from fastlens.kernels import reference
 from fastlens.kernels.masks import AttentionRule
 from fastlens.ops import dispatch
-from fastlens.ops.suffix_attention import Span, _check, suffix_attention
+from fastlens.ops.suffix_attention import Span, suffix_attention
 from tests.close import assert_close_to
 
 RULES = {
@@ -102,6 +104,14 @@ def test_a_gradient_is_refused():
         ({"q": torch.zeros(6, 4, 8)}, "the same rows"),
         ({"q": torch.zeros(7, 4, 4)}, "the same rows"),
         ({"q": torch.zeros(7, 3, 8)}, "3 query heads cannot share 2"),
+        ({"k": torch.zeros(7, 0, 8), "v": torch.zeros(7, 0, 8)}, "cannot share 0 KV heads"),
+        ({"q": torch.zeros(7, 4, 8, dtype=torch.long)}, "floating-point.*int64"),
+        ({"rule": AttentionRule(2.0, window=0)}, "window=0"),
+        ({"table": TABLE.float()}, r"integers; got torch.float32 \[3, 4\]"),
+        ({"table": TABLE[0]}, r"integers; got torch.int64 \[4\]"),
+        ({"key_mask": torch.ones(3, 4, dtype=torch.long)}, "boolean.*int64"),
+        ({"spans": [Span(torch.tensor([0, -1]), 2, 4)]}, "branch -1, and the table has 3"),
+        ({"spans": [Span(torch.tensor([3]), 2, 4)]}, "branch 3, and the table has 3"),
         ({"key_mask": torch.ones(3, 5, dtype=torch.bool)}, r"got \[3, 5\]"),
         ({"spans": [Span(torch.tensor([0]), 2, 2)]}, "from position 2 up to 2"),
         ({"spans": [Span(torch.tensor([0]), 2, 5)]}, "has 4 positions"),
@@ -111,9 +121,9 @@ def test_a_gradient_is_refused():
 def test_what_does_not_fit_is_refused(change, sentence):
     # Called through, the checks of shapes that run only under pytest might speak first.
     q, k, v = qkv()
-    given = {"q": q, "k": k, "v": v, "table": TABLE, "spans": SPANS, "key_mask": None} | change
+    given = {"q": q, "k": k, "v": v, "table": TABLE, "spans": SPANS, "rule": AttentionRule(2.0)}
     with pytest.raises(ShapeError, match=sentence):
-        _check(**given)
+        inspect.unwrap(suffix_attention)(**given | change)
 
 
 def test_traced_whole():

@@ -48,15 +48,16 @@ def masked_scores(
 
 @triton.jit
 def weighed(scores, highest, total):
-    """One more block of scores (of base 2) in the softmax statistics of its rows.
+    """One more block of scores in the softmax statistics of its rows.
 
     Returns: its weights, the factor that what was summed before shrinks by, the new statistics.
     """
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     # A row that has seen no key yet: anything finite, so that no inf - inf arises.
     safe = tl.where(new_highest == -float("inf"), 0.0, new_highest)
-    weights = tl.math.exp2(scores - safe[:, None])
-    shrink = tl.math.exp2(highest - safe)
+    # Scores are large next to the differences that matter: those are taken before any rounding.
+    weights = tl.math.exp2((scores - safe[:, None]) * LOG2_E)
+    shrink = tl.math.exp2((highest - safe) * LOG2_E)
     return weights, shrink, new_highest, total * shrink + tl.sum(weights, 1)
 
 
@@ -145,7 +146,7 @@ def attention_fwd_kernel(
             query_pos[:, None], key_pos[None, :], n_keys, scale, soft_cap, slope, window, kept,
             bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
         )  # fmt: skip
-        weights, shrink, highest, total = weighed(scores * LOG2_E, highest, total)
+        weights, shrink, highest, total = weighed(scores, highest, total)
         v_block = v_ptr + batch * stride_v_b + kv_head * stride_v_h
         v_block += tl.cast(first_key, tl.int64) * stride_v_n
         v = tl.load(
@@ -159,7 +160,7 @@ def attention_fwd_kernel(
     is_blind = total == 0.0
     divisor = tl.where(is_blind, 1.0, total)
     mixed = mixed / divisor[:, None]
-    lse = tl.where(is_blind, -float("inf"), (highest + tl.math.log2(divisor)) * LN_2)
+    lse = tl.where(is_blind, -float("inf"), highest + tl.math.log2(divisor) * LN_2)
     is_row = row < n_queries
     tl.store(lse_ptr + batch_head.to(tl.int64) * n_queries + row, lse, mask=is_row)
     out_block = out_ptr + batch * stride_out_b + head.to(tl.int64) * stride_out_h
@@ -314,7 +315,7 @@ def row_lse_kernel(
             CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
             D_HEAD, BLOCK_D, BLOCK_N,
         )  # fmt: skip
-        _, _, highest, total = weighed(scores[None, :] * LOG2_E, highest, total)
+        _, _, highest, total = weighed(scores[None, :], highest, total)
     is_blind = total == 0.0
-    lse = (highest + tl.math.log2(tl.where(is_blind, 1.0, total))) * LN_2
+    lse = highest + tl.math.log2(tl.where(is_blind, 1.0, total)) * LN_2
     tl.store(lse_ptr + site + tl.arange(0, 1), tl.where(is_blind, -float("inf"), lse))

@@ -59,7 +59,7 @@ def attention_summary_kernel(
     statistics = batch_head.to(tl.int64) * n_queries + row
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if HAS_LSE:
-        highest = tl.load(lse_ptr + statistics, mask=is_row, other=-float("inf")) * LOG2_E
+        highest = tl.load(lse_ptr + statistics, mask=is_row, other=-float("inf"))
     total = tl.zeros([BLOCK_M], tl.float32)
     # The sum of weight * (score - highest), from which the entropy follows.
     moment = tl.zeros([BLOCK_M], tl.float32)
@@ -98,7 +98,7 @@ def attention_summary_kernel(
                 mask=is_row[:, None] & is_key[None, :],
                 other=0.0,
             ).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        scores = LOG2_E * masked_scores(
+        scores = masked_scores(
             tl.dot(q, k, input_precision="ieee"),
             query_pos[:, None], key_pos[None, :], n_keys, scale, soft_cap, slope, window, kept,
             bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
@@ -107,7 +107,7 @@ def attention_summary_kernel(
         if HAS_LSE:
             # Of a row that sees no key all scores are minus infinity too.
             safe = tl.where(highest == -float("inf"), 0.0, highest)
-            weights = tl.math.exp2(scores - safe[:, None])
+            weights = tl.math.exp2((scores - safe[:, None]) * LOG2_E)
             total += tl.sum(weights, 1)
         else:
             weights, shrink, highest, new_total = weighed(scores, highest, total)
@@ -136,9 +136,9 @@ def attention_summary_kernel(
     divisor = tl.where(is_blind, 1.0, total)
     mass = mass / divisor[:, None]
     # log(sum) - sum(weight * score) / sum, with scores counted from the highest.
-    entropy = (tl.math.log2(divisor) - moment / divisor) * LN_2
+    entropy = tl.math.log2(divisor) * LN_2 - moment / divisor
     if not HAS_LSE:
-        lse = tl.where(is_blind, -float("inf"), (highest + tl.math.log2(divisor)) * LN_2)
+        lse = tl.where(is_blind, -float("inf"), highest + tl.math.log2(divisor) * LN_2)
         tl.store(lse_ptr + statistics, lse, mask=is_row)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + statistics, entropy, mask=is_row)

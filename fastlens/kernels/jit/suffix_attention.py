@@ -7,7 +7,7 @@ and leaves their state; the second goes on from there over each branch's own key
 import triton
 import triton.language as tl
 
-from fastlens.kernels.jit.attention import LOG2_E, masked_scores, weighed
+from fastlens.kernels.jit.attention import LN_2, masked_scores, weighed
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def suffix_attention_kernel(
 
     ``tiles``: first entry, number of entries, branch whose table names the keys, first key, end.
     ``entries``: row of the output, packed row of the query, absolute position.
-    ``state`` holds rows mixed so far and ``state_lse`` their log-sum-exp, of base 2: the first
-    launch leaves them, the second starts from them.
+    ``state`` holds rows mixed so far and ``state_lse`` their log-sum-exp: the first launch
+    leaves them, the second starts from them.
     """
     tile = tiles_ptr + (tl.program_id(0) // n_heads).to(tl.int64) * 5
     head = (tl.program_id(0) % n_heads).to(tl.int64)
@@ -100,7 +100,7 @@ def suffix_attention_kernel(
             query_pos[:, None], key_pos[None, :], high, scale, soft_cap, slope, window,
             kept[None, :], 0.0, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, False,
         )  # fmt: skip
-        weights, shrink, highest, total = weighed(scores * LOG2_E, highest, total)
+        weights, shrink, highest, total = weighed(scores, highest, total)
         v = tl.load(
             v_ptr + kv_head * stride_v_h
             + packed[:, None] * stride_v_n + channel[None, :] * stride_v_d,
@@ -113,7 +113,7 @@ def suffix_attention_kernel(
     divisor = tl.where(is_blind, 1.0, total)
     mixed = mixed / divisor[:, None]
     if LEAVES_STATE:
-        lse = tl.where(is_blind, -float("inf"), highest + tl.math.log2(divisor))
+        lse = tl.where(is_blind, -float("inf"), highest + tl.math.log2(divisor) * LN_2)
         tl.store(state_lse_ptr + written, lse, mask=is_row)
         tl.store(state_ptr + at, mixed, mask=inside)
     else:

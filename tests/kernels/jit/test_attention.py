@@ -189,7 +189,7 @@ MISTAKES = {
     ),
     "no rescaling": ("total * shrink + tl.sum", "total + tl.sum"),
     "a sum that fades": ("weights.to(v.dtype), v, mixed", "weights.to(v.dtype), v, 0.99 * mixed"),
-    "bare softmax statistics": ("highest + tl.math.log2(divisor)) * LN_2)", "highest) * LN_2)"),
+    "bare softmax statistics": ("highest + tl.math.log2(divisor) * LN_2)", "highest)"),
     "wrong head of keys": ("(head // group_size).to", "(head % group_size).to"),
     "the bias of another head": ("head.to(tl.int64) * stride_bias_h", "stride_bias_h"),
     "the bias of other keys": ("first_key, tl.int64) * stride_bias_n", "first_key, tl.int64)"),
