@@ -2,6 +2,7 @@
 
     python benchmarks/patterns.py            measure and print
     python benchmarks/patterns.py --write    and write the results file
+    python benchmarks/patterns.py --time     measure the times alone, the rest from the results file
     python benchmarks/patterns.py --readme   rewrite README's table from the results file
     python benchmarks/patterns.py --smoke    a tiny model: does the script run?
 
@@ -215,12 +216,14 @@ def pattern_difference(model: HookedTransformer, tokens: torch.Tensor, cache: An
     return worst
 
 
-def measure(is_smoke: bool) -> dict[str, Any]:
-    """Every figure."""
+def measure(is_smoke: bool, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Every figure; those of memory as they were ``before``, if that is given."""
     sizes, lengths = (TINY, TINY_LENGTHS) if is_smoke else (FULL, LENGTHS)
     options = {"seconds": 0.1, "min_rounds": 2} if is_smoke else {"seconds": 60.0, "min_rounds": 9}
     record: dict[str, Any] = {"machine": machine("cpu"), "lengths": lengths}
     record["time"] = time_of_pattern(sizes, lengths, **options)
+    if before is not None:
+        return {**before, **record}
     record["pattern"] = {whose: in_a_process(["pattern", whose], is_smoke) for whose in CASES}
     record["caches"] = {
         str(length): in_a_process(["cache", str(length)], is_smoke) for length in lengths["caches"]
@@ -268,7 +271,7 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag in ("--write", "--readme", "--smoke"):
+    for flag in ("--write", "--readme", "--smoke", "--time"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--job")
     args = parser.parse_args(arguments)
@@ -278,10 +281,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = JOBS[name](sizes, lengths, *(int(x) if x.isdigit() else x for x in rest))
         print(json.dumps(found))
         return
-    if args.readme:
-        record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    before = None
+    if args.readme or args.time:
+        before = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if args.readme and before is not None:
+        record = before
     else:
-        record = measure(args.smoke)
+        record = measure(args.smoke, before)
         print(table(record))
     if args.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

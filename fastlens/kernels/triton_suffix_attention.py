@@ -41,7 +41,7 @@ BLOCKS_OF_FEW = {
     (4, 16): (FEWEST_ROWS, 32, 4, 2),
     (4, 32): (FEWEST_ROWS, 32, 4, 2),
     (4, 64): (FEWEST_ROWS, 32, 4, 2),
-    (4, 128): (FEWEST_ROWS, 32, 4, 2),
+    (4, 128): (FEWEST_ROWS, 16, 4, 2),
     (4, 256): (FEWEST_ROWS, 16, 4, 2),
 }
 

@@ -12,6 +12,21 @@ import fastlens
 
 ROOT = Path(__file__).parents[2]
 
+# Entries of the reference, among them what a class inherits.
+_CACHE = "cache.activation_cache.ActivationCache"
+_MODEL = "model.hooked_transformer.HookedTransformer"
+SHOWN = {
+    "cache.html": [
+        *(f"{_CACHE}.{name}" for name in ("decompose_resid", "pattern_rows", "to", "nbytes")),
+        *(f"{_CACHE}.{name}" for name in ("apply_slice_to_batch_dim", "remove_batch_dim", "keys")),
+    ],
+    "models.html": [
+        *(f"{_MODEL}.{name}" for name in ("from_pretrained", "run_with_cache", "run_with_hooks")),
+        "model.root.TransformerRoot.run_with_cache",
+    ],
+    "hooks.html": ["hooks.of_heads.OfHeads", "hooks.root.HookedRootModule.run_with_cache"],
+}
+
 
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
@@ -23,8 +38,10 @@ def test_the_site_builds_strictly(tmp_path):
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    page = (tmp_path / "site" / "api" / "models.html").read_text()
-    assert "run_with_cache" in page and "from_pretrained" in page
+    for page, names in SHOWN.items():
+        text = (tmp_path / "site" / "api" / page).read_text()
+        for name in names:
+            assert f'id="fastlens.{name}"' in text, name
 
 
 def test_every_public_name_is_in_the_reference():

@@ -312,7 +312,8 @@ def launch_elsewhere():
     compiled = compile_for(launch, TARGETS["sm_80"])
     names = [name for name, kind in launch.signature()[0].items() if kind != "constexpr"]
     arguments = [other.arguments[name] for name in names]
-    run_ptx(assembly(compiled), arguments, launch.grid, 128, compiled.metadata.shared)
+    n_threads = 32 * compiled.metadata.num_warps
+    run_ptx(assembly(compiled), arguments, launch.grid, n_threads, compiled.metadata.shared)
 
 
 def test_a_kernel_for_aligned_rows_on_others_is_caught():

@@ -155,9 +155,8 @@ def test_a_chosen_part_of_the_pattern(dtype):
     rule, mask = AttentionRule(2.0), torch.ones(2, 5, dtype=torch.bool)
     mask[0, :2] = False
     wide = torch.promote_types(torch.float32, dtype)
-    scores = reference.attention_scores(q.to(wide), k.to(wide), rule, 0, mask)[:, [2, 0]][
-        :, :, [4, 0]
-    ]
+    scores = reference.attention_scores(q.to(wide), k.to(wide), rule, 0, mask)
+    scores = scores[:, [2, 0]][:, :, [4, 0]]
     _, lse = reference.attention_lse(q.to(wide), k.to(wide), v.to(wide), rule, 0, mask)
     given = q, k, rule, [2, 0], [4, 0], 0, mask, None
     assert torch.equal(reference.attention_pattern(*given, scores=True), scores.to(dtype))
