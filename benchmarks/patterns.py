@@ -6,11 +6,13 @@
     python benchmarks/patterns.py --readme   rewrite README's table from the results file
     python benchmarks/patterns.py --smoke    a tiny model: does the script run?
 
-Memory is the process's resident peak over what it held right before, each case in a process of its
-own. Random weights, batch 1, float32, gradients off.
+Memory is the process's resident peak over what it held right before (after a run of 8 tokens, which
+loads code), each case in a process of its own; what is held, after the C library gave back what it
+had free. Random weights, batch 1, float32, gradients off.
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -67,6 +69,7 @@ class Peak:
     """The resident memory of this process, sampled, over what it was at the start."""
 
     def __enter__(self) -> "Peak":
+        give_back()
         self.start = self.highest = resident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -76,12 +79,20 @@ class Peak:
     def __exit__(self, *exc: object) -> None:
         self._done.set()
         self._thread.join()
+        self.highest = max(self.highest, resident())
+        give_back()
         self.end = resident()
-        self.highest = max(self.highest, self.end)
 
     def _sample(self) -> None:
         while not self._done.wait(0.002):
             self.highest = max(self.highest, resident())
+
+
+def give_back() -> None:
+    """Let glibc return free memory to the system; elsewhere do nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def resident() -> int:
@@ -106,6 +117,8 @@ def memory_of_pattern(
     ours = model_of(sizes, lengths["pattern"])
     tokens = tokens_of(ours, lengths["pattern"])
     model = transformer_lens_twin(ours) if "TransformerLens" in whose else ours
+    with torch.no_grad():
+        model(tokens[:, :8])
     if whose.endswith("forward"):
         return measured(lambda: model(tokens, return_type=None))
     chosen = {} if model is not ours else {"heads": [HEAD]}
@@ -120,6 +133,8 @@ def memory_of_cache(
     """A full cache, beside the logits."""
     model = model_of(sizes, length)
     tokens = tokens_of(model, length)
+    with torch.no_grad():
+        model(tokens[:, :8])
     found = measured(lambda: model.run_with_cache(tokens))
     logits = length * sizes["d_vocab"] * 4 / MB
     with torch.no_grad():

@@ -27,7 +27,7 @@ def guarded_summary(**kwargs):
 def test_rules(rule, dtype):
     is_padded = rule in ("causal", "everything", "window both ways")
     kwargs = {"rule": rule, "dtype": dtype, "is_padded": is_padded, "d_head": 20}
-    interpreted(guarded_summary, **kwargs, n_queries=66, n_keys=75, kv_heads=1)
+    interpreted(guarded_summary, **kwargs, n_queries=66, n_keys=75, heads=2, kv_heads=1)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_rules(rule, dtype):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tails(n_queries, n_keys, dtype):
-    interpreted(guarded_summary, n_queries=n_queries, n_keys=n_keys, dtype=dtype, kv_heads=4)
+    interpreted(guarded_summary, n_queries=n_queries, n_keys=n_keys, dtype=dtype, heads=2)
 
 
 @pytest.mark.parametrize("strides", ["sliced", "transposed"])
@@ -48,7 +48,7 @@ def test_strides_and_biases(strides, bias):
 @pytest.mark.parametrize("d_head", [1, 32, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_sizes(d_head, dtype):
-    interpreted(guarded_summary, d_head=d_head, dtype=dtype, n_queries=20, n_keys=33)
+    interpreted(guarded_summary, d_head=d_head, dtype=dtype, n_queries=20, n_keys=33, heads=2)
 
 
 @pytest.mark.parametrize("n_groups", [0, 1, 2, 5])
