@@ -8,12 +8,14 @@
 
 Memory is the process's resident peak over what it held right before (after a run of 8 tokens, which
 loads code), each case in a process of its own; what is held, after the C library gave back what it
-had free. Random weights, batch 1, float32, gradients off.
+had free. Both libraries run with MALLOC_MMAP_THRESHOLD_ at 1 MiB, so that holes in the heap do not
+count. Random weights, batch 1, float32, gradients off.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,8 @@ LENGTHS = {"pattern": 2048, "caches": [1024, 4096], "rows": 8192}
 TINY_LENGTHS = {"pattern": 64, "caches": [32, 64], "rows": 256}
 CASES = ("fastlens forward", "fastlens", "TransformerLens forward", "TransformerLens")
 MB = 1e6
+# Tensors of a megabyte and more are mapped one by one: holes in the heap are not counted.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def model_of(sizes: dict[str, int], n_ctx: int) -> HookedTransformer:
@@ -176,7 +180,7 @@ def rows_to_disk(sizes: dict[str, int], lengths: dict[str, Any]) -> dict[str, fl
 def in_a_process(job: list[str], is_smoke: bool) -> dict[str, float]:
     """Run one memory case alone and read what it prints."""
     command = [sys.executable, __file__, "--job", json.dumps(job), *(["--smoke"] * is_smoke)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MAPPED})
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
