@@ -40,7 +40,7 @@ def dequantize_blocks_kernel(
     BITS: tl.constexpr, HAS_MINIMUM: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCKS blocks of 32 weights; BITS and HAS_MINIMUM tell the formats apart."""
-    HEADER: tl.constexpr = 4 if HAS_MINIMUM else 2
+    HEADER: tl.constexpr = 2 + 2 * HAS_MINIMUM
     BYTES: tl.constexpr = HEADER + 4 * BITS
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_block = block < n_blocks
