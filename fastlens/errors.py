@@ -77,6 +77,14 @@ class GradientError(FastlensError, RuntimeError):
     """A gradient was asked for through something that passes none on."""
 
 
+class StreamError(FastlensError, RuntimeError):
+    """Something was asked of a model whose weights are streamed that needs them all in memory."""
+
+
+class MemoryLimitError(FastlensError, MemoryError):
+    """What was asked cannot be done within ``max_memory``; says the smallest that would do."""
+
+
 class MissingDependencyError(FastlensError, ImportError):
     """An optional package is needed for what was asked."""
 

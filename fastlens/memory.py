@@ -1,7 +1,12 @@
 """How much memory there is, and how users say how much of it may be taken."""
 
+import ctypes
+import functools
+import mmap
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +26,41 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
     limits = [_available(), _left_to_container()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else UNKNOWN_BYTES
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, mapped file pages included, in bytes.
+
+    Where the system does not tell (no /proc): the most that it ever was.
+    """
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def used_bytes(device: torch.device | str = "cpu") -> int:
+    """What this process holds on a device now: `resident_bytes`, or tensors on a GPU."""
+    device = torch.device(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system, which the C library else keeps for later."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _c_library() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
 
 
 def bytes_of(amount: int | str) -> int:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastlens.devices import get_device
 from fastlens.errors import ConfigError, MissingDependencyError, SourceError, did_you_mean
 from fastlens.model.batch_loss import batch_loss
+from fastlens.model.streaming import refuse_streamed
 
 _OPTIMIZERS = ("Adam", "AdamW", "SGD")
 
@@ -90,6 +91,7 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Dataset) ->
     for name in ("save_every", "print_every"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1, or None.")
+    refuse_streamed(model, "train", "Load the model without them to train it.")
     folder = _checkpoint_folder(config)
     log = _wandb_log(config) if config.wandb else None
     torch.manual_seed(config.seed)

@@ -1,5 +1,7 @@
 """Token embedding, position embedding, unembedding."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from fastlens.tokens import get_offset_position_ids
 class Embed(nn.Module):
     """``W_E[tokens]``, then a LayerNorm where ``cfg.post_embedding_ln``."""
 
+    # Reads single rows where W_E is not in memory; gives None where it is.
+    rows: Callable[[Tensor], Tensor | None] | None = None
+
     def __init__(self, cfg: HookedTransformerConfig | dict):
         super().__init__()
         self.cfg = HookedTransformerConfig.unwrap(cfg)
@@ -27,7 +32,9 @@ class Embed(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """Rows of W_E."""
-        embedded = F.embedding(tokens, self.W_E)
+        embedded = None if self.rows is None else self.rows(tokens)
+        if embedded is None:
+            embedded = F.embedding(tokens, self.W_E)
         return self.ln(embedded) if self.cfg.post_embedding_ln else embedded
 
 
@@ -71,6 +78,8 @@ class Unembed(nn.Module):
     """``residual @ W_U + b_U``."""
 
     AXES = {"hook_in": "batch pos d_model", "hook_out": "batch pos d_vocab"}
+    # Reads single columns and their biases where W_U is not in memory; gives None where it is.
+    columns: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None = None
 
     def __init__(self, cfg: HookedTransformerConfig | dict):
         super().__init__()

@@ -174,10 +174,14 @@ def logits_of(
     unembed: Unembed, x: Float[Tensor, "row d_model"], columns: Int[Tensor, " column"] | None
 ) -> Float[Tensor, "row column"]:
     """Logits of rows after the final norm, for some vocabulary columns or (None) all of them."""
-    weight, bias = unembed.W_U.t(), unembed.b_U
-    if columns is not None:
-        columns = columns.to(weight.device)
-        weight, bias = weight[columns], bias[columns]
+    some = None if columns is None or unembed.columns is None else unembed.columns(columns)
+    if some is not None:
+        weight, bias = some
+    else:
+        weight, bias = unembed.W_U.t(), unembed.b_U
+        if columns is not None:
+            columns = columns.to(weight.device)
+            weight, bias = weight[columns], bias[columns]
     return soft_cap(linear(x, weight, bias), unembed.cfg.output_logits_soft_cap)
 
 

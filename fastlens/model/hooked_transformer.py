@@ -1,5 +1,6 @@
 """`HookedTransformer`: TransformerLens 3's class, running fused wherever nobody looks."""
 
+import contextlib
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from fastlens.hooks.point import HookPoint, is_live
 from fastlens.model.generation import GenerationMixin
 from fastlens.model.pretrained import PretrainedMixin
 from fastlens.model.root import TransformerRoot, named_tokenizer
+from fastlens.model.streaming import Streaming, refuse_streamed
 from fastlens.model.text import TextMixin
 from fastlens.model.weights import WeightsMixin
 from fastlens.ops.activations import soft_cap
@@ -47,6 +49,9 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
     Names, arguments and semantics are TransformerLens 3's. Norms and attention run fused unless a
     hook looks inside; patterns are materialised only in the layers where they are looked at.
     """
+
+    # How the weights come and go, where `from_pretrained` was told to stream them.
+    streaming: Streaming | None = None
 
     def __init__(
         self,
@@ -173,26 +178,37 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
             else:
                 residual = self._as_residual(input)
         layers = range(self.cfg.n_layers)[start_at_layer or 0 : stop_at_layer]
-        for layer in layers:
-            residual = self.blocks[layer](
-                residual,
-                past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[layer],
-                shortformer_pos_embed=shortformer_pos_embed,
-                attention_mask=attention_mask,
-            )
-        if stop_at_layer is not None:
-            return residual
-        if self.cfg.normalization_type is not None:
-            residual = self.ln_final(residual)
-        if return_type is None:
-            return None
-        logits = soft_cap(self.unembed(residual), self.cfg.output_logits_soft_cap)
-        if return_type == "logits":
-            return logits
-        if tokens is None:
-            raise TokenError("a loss needs tokens: with start_at_layer, pass tokens=.")
-        loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
-        return loss if return_type == "loss" else Output(logits, loss)
+        ends_early = stop_at_layer is not None or return_type is None
+        with self._memory_for(residual, len(layers), has_logits=not ends_early):
+            for layer in layers:
+                residual = self.blocks[layer](
+                    residual,
+                    past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[layer],
+                    shortformer_pos_embed=shortformer_pos_embed,
+                    attention_mask=attention_mask,
+                )
+            if stop_at_layer is not None:
+                return residual
+            if self.cfg.normalization_type is not None:
+                residual = self.ln_final(residual)
+            if return_type is None:
+                return None
+            logits = soft_cap(self.unembed(residual), self.cfg.output_logits_soft_cap)
+            if return_type == "logits":
+                return logits
+            if tokens is None:
+                raise TokenError("a loss needs tokens: with start_at_layer, pass tokens=.")
+            loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
+            return loss if return_type == "loss" else Output(logits, loss)
+
+    def _memory_for(
+        self, residual: Tensor, n_layers: int, has_logits: bool
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Around a run of layers: streamed weights leave room for its activations."""
+        if self.streaming is None:
+            return contextlib.nullcontext()
+        rows = residual.shape[0] * residual.shape[1] if has_logits else 0
+        return self.streaming.run(residual, n_layers, rows)
 
     def _as_residual(self, input: Any) -> Tensor:
         wanted = f"[batch, pos, {self.cfg.d_model}]"
@@ -226,14 +242,16 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
                 f"input must be text or integer tokens [batch, pos]; found {tokens.dtype} of shape "
                 f"{list(tokens.shape)}. For a residual stream pass start_at_layer=."
             )
-        tokens = tokens.to(self.W_E.device)
+        # A streamed embedding is not brought for the question where it would be.
+        tokens = tokens.to(self.cfg.device if self.streaming else self.W_E.device)
         pos_offset = self.get_pos_offset(past_kv_cache, tokens.shape[0])
         attention_mask = self._mask_of(
             tokens, text_mask, prepend_bos, attention_mask, past_kv_cache
         )
         if self.cfg.use_hook_tokens:
             tokens = self.hook_tokens(tokens)
-        embed = self.hook_embed(self.embed(tokens))
+        embed = self.embed(tokens)
+        embed = self.hook_embed(embed if self.streaming is None else self.streaming.traced(embed))
         residual, positions = self.get_residual(
             embed, pos_offset, prepend_bos, attention_mask, tokens
         )
@@ -313,6 +331,8 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
             if tokens is None:
                 tokens = torch.ones(embed.shape[:2], dtype=torch.int, device=embed.device)
             pos_embed = self.pos_embed(tokens, pos_offset, attention_mask)
+            if self.streaming is not None:
+                pos_embed = self.streaming.traced(pos_embed)
             if is_live(self.hook_pos_embed):
                 # Rows of W_pos itself: a hook that writes in place must not write to the weights.
                 pos_embed = self.hook_pos_embed(pos_embed.clone())
@@ -345,6 +365,21 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
         """Compute keys and values per query head, so that ``hook_k``, ``hook_v`` show all."""
         self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """All parameters by name, as torch's; refused for a streamed model."""
+        refuse_streamed(self, "state_dict()", "Load the model without them.")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Copy parameters in by name, as torch's; refused for a streamed model."""
+        refuse_streamed(self, "load_state_dict()", "Load the model without them.")
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        instead = "Say device= and dtype= in from_pretrained."
+        refuse_streamed(self, "moving or casting the model", instead)
+        return super()._apply(fn, recurse)
 
     def move_model_modules_to_device(self) -> None:
         """Move everything to ``cfg.device``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
 from fastlens.model.open_model import open_model
+from fastlens.model.streaming import refuse_streamed, stream_limit, streamed_model
 from fastlens.weights import fold, initialize, load
 from fastlens.weights.native import save_native
 
@@ -87,6 +88,8 @@ class PretrainedMixin(RandomWeightsMixin):
         dtype: str | torch.dtype = "float32",
         first_n_layers: int | None = None,
         n_ctx: int | None = None,
+        offload: Literal["disk", "cpu"] | None = None,
+        max_memory: int | str | None = None,
         **from_pretrained_kwargs: Any,
     ) -> T:
         """Load a model and, by default, rewrite its weights into an equal, more readable form.
@@ -110,6 +113,13 @@ class PretrainedMixin(RandomWeightsMixin):
             dtype: Of the parameters. 16-bit weights are processed in float32.
             first_n_layers: Load only the first layers.
             n_ctx: Another context length.
+            offload: Stream the weights: each layer is read when it runs, the next one meanwhile,
+                and let go again. "disk" reads them from their files, "cpu" from memory, where they
+                stay as the files have them (packed, or in 16 bits). For safetensors and GGUF.
+                Everything but training works as in memory, to the bit; see docs/large-models.md.
+            max_memory: What the process may take beyond what it holds when the weights are
+                opened, in bytes or as "2GiB" (on a GPU: what its tensors may take). Implies
+                ``offload="disk"``. As many layers stay as fit. Without it, two at a time.
             from_pretrained_kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for
                 the hub; ``trust_remote_code`` for the tokenizer; ``ignore_config_attributes``: see
                 `open_source`. ``torch_dtype`` overrides ``dtype``. ``verbose=False`` is silent.
@@ -117,6 +127,8 @@ class PretrainedMixin(RandomWeightsMixin):
         Cost: peak memory at load is the model plus one layer.
         Raises: ModelNameError, SourceError, ConfigError, WeightsError; see `open_source`.
         """
+        streams = offload is not None or max_memory is not None
+        limit = stream_limit(offload or "disk", max_memory) if streams else None
         source, cfg, verbose = open_model(
             "HookedTransformer",
             model_name,
@@ -145,15 +157,23 @@ class PretrainedMixin(RandomWeightsMixin):
         flags["fold_ln"] &= cfg.normalization_type in ("LN", "RMS")
         if flags["fold_ln"]:
             cfg.normalization_type = f"{cfg.normalization_type}Pre"
-        model = cls(
-            cfg,  # type: ignore[call-arg]
-            tokenizer if tokenizer is not None else source.tokenizer(),
-            move_to_device=False,
-            default_padding_side=default_padding_side,
-        )
-        load.load_source(model, source, flags)  # type: ignore[arg-type]
-        if move_to_device:
-            model.move_model_modules_to_device()  # type: ignore[attr-defined]
+        tokenizer = tokenizer if tokenizer is not None else source.tokenizer()
+
+        def build() -> T:
+            return cls(
+                cfg,  # type: ignore[call-arg]
+                tokenizer,
+                move_to_device=False,
+                default_padding_side=default_padding_side,
+            )
+
+        if streams:
+            model = streamed_model(build, source, cfg, flags, limit, offload or "disk")
+        else:
+            model = build()
+            load.load_source(model, source, flags)  # type: ignore[arg-type]
+            if move_to_device:
+                model.move_model_modules_to_device()  # type: ignore[attr-defined]
         if verbose:
             # As TransformerLens does, whose doctests show it.
             print(f"Loaded pretrained model {model_name} into HookedTransformer")  # noqa: T201
@@ -195,6 +215,7 @@ class PretrainedMixin(RandomWeightsMixin):
 
         Raises: SourceError if the folder cannot be written.
         """
+        refuse_streamed(self, "save_pretrained", "Load the model without them to save it.")
         save_native(
             Path(folder), self.cfg, self._named_parameters(), getattr(self, "tokenizer", None)
         )
@@ -216,6 +237,9 @@ class PretrainedMixin(RandomWeightsMixin):
         Raises: WeightsError that lists missing, unknown and mis-shaped tensors; then nothing was
             changed.
         """
+        refuse_streamed(
+            self, "load_and_process_state_dict", "Load the model without them, or edit its layers."
+        )
         gains = any(load.is_norm(key) and "ln" in key for key in state_dict)
         state_dict = self.fill_missing_keys(state_dict)
         flags = fold.possible_flags(
@@ -242,6 +266,9 @@ class PretrainedMixin(RandomWeightsMixin):
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
         """Process the model's own weights in place, value biases included."""
+        refuse_streamed(
+            self, "process_weights_", "Ask for the processing in from_pretrained: it is done there."
+        )
         self.load_and_process_state_dict(
             self.state_dict(),  # type: ignore[attr-defined]
             fold_ln=fold_ln,

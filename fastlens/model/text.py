@@ -261,6 +261,11 @@ class TextMixin:
 
         Cost: copies only the rows asked for. A single direction is a view of W_U.
         """
+        if isinstance(tokens, Tensor) and self.unembed.columns is not None:  # type: ignore[attr-defined]
+            some = self.unembed.columns(tokens.flatten())  # type: ignore[attr-defined]
+            if some is not None:
+                shape = tokens.shape if tokens.numel() > 1 else ()
+                return some[0].reshape(*shape, self.cfg.d_model)
         if isinstance(tokens, Tensor) and tokens.numel() > 1:
             # W_U lies in memory as [d_vocab, d_model], so these are whole rows.
             return self.W_U.t()[tokens.to(self.W_U.device)]

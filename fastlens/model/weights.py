@@ -164,7 +164,8 @@ class WeightsMixin(StackedWeights):
         if not 0 <= layer <= n_layers or (mlp_input and layer == n_layers):
             raise IndexError(f"layer={layer} is out of range for {n_layers} layers.")
         blocks = self.blocks  # type: ignore[attr-defined]
-        total = torch.zeros(self.cfg.d_model, device=self.W_E.device, dtype=self.W_E.dtype)
+        like = blocks[0].attn.b_O.detach()
+        total = torch.zeros_like(like)
         for block in blocks[:layer]:
             total = total + block.attn.b_O
             if include_mlp_biases and not self.cfg.attn_only:

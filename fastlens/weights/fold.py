@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
@@ -221,9 +222,29 @@ def _centre_rows(group: _Group, name: str) -> None:
 def _centre_unembed(group: _Group, cfg: HookedTransformerConfig | None) -> None:
     """Zero mean over the vocabulary: shifts all logits of a position by one number."""
     if group.name == "unembed":
-        for name in ("unembed.W_U", "unembed.b_U"):
-            if name in group:
-                _centre_rows(group, name)
+        if "unembed.W_U" in group:
+            w = group.writable("unembed.W_U")
+            parts = w.split(VOCABULARY_PART, dim=-1)
+            w.sub_(vocabulary_mean(parts, w.shape[-1])[:, None])
+        if "unembed.b_U" in group:
+            _centre_rows(group, "unembed.b_U")
+
+
+# Tokens whose numbers are summed at a time.
+VOCABULARY_PART = 4096
+
+
+def vocabulary_mean(
+    parts: Iterable[Float[Tensor, "d_model some"]], n: int
+) -> Float[Tensor, " d_model"]:
+    """Mean over ``n`` tokens, given some of them at a time; summed in float64."""
+    total = dtype = None
+    for part in parts:
+        dtype = part.dtype
+        here = part.double().sum(-1)
+        total = here if total is None else total + here
+    assert total is not None and dtype is not None
+    return (total / n).to(dtype)
 
 
 def _fold_value_biases(group: _Group, cfg: HookedTransformerConfig) -> None:

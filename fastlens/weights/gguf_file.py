@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.errors import MissingDependencyError, SourceError
-from fastlens.weights.tensor_files import CHUNK_BYTES, Shape, fresh, read_as
+from fastlens.weights.files import CHUNK_BYTES, WeightFiles
+from fastlens.weights.tensor_files import Shape, fresh, read_as, read_into, read_rows
 
 MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
@@ -42,6 +44,7 @@ class GgufReader:
         self.metadata: dict[str, Any] = {}
         self.shapes: dict[str, Shape] = {}
         self._places: dict[str, tuple[int, int]] = {}
+        self.files = WeightFiles([path])
         size = path.stat().st_size
         with path.open("rb") as file:
             try:
@@ -94,33 +97,52 @@ class GgufReader:
             )
         return columns // block * block_bytes
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """One tensor, dequantised a few rows at a time, in float32 or as stored by default."""
         kind, start = self._places[name]
         shape = self.shapes[name]
         what = f"{self.path}: {name}"
-        with self.path.open("rb", buffering=0) as file:
+        with self.files.open(self.path) as file:
             file.seek(start)
             if kind in _PLAIN:
-                return read_as(file, shape, _PLAIN[kind], dtype or _PLAIN[kind], what)
-            return self._dequantize(file, name, kind, dtype or torch.float32)
+                return read_as(file, shape, _PLAIN[kind], dtype or _PLAIN[kind], what, out)
+            out = fresh(shape, dtype or torch.float32) if out is None else out
+            self._dequantize(file, name, kind, out)
+            return out
 
-    def _dequantize(self, file: Any, name: str, kind: int, dtype: torch.dtype) -> Tensor:
-        gguf = _gguf_package()
+    def read_rows(
+        self, name: str, rows: Int[Tensor, " row"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "row d"]:
+        """Some rows of a matrix, dequantised; ``rows`` rise."""
+        kind, start = self._places[name]
+        with self.files.open(self.path) as file:
+            raw = read_rows(file, start, self._row_bytes(name, kind), rows, f"{self.path}: {name}")
+        if kind in _PLAIN:
+            return raw.view(_PLAIN[kind]).to(dtype or _PLAIN[kind])
+        return _unpacked(raw, kind, self.shapes[name][1]).to(dtype or torch.float32)
+
+    def _dequantize(self, file: Any, name: str, kind: int, out: Tensor) -> None:
         shape, row_bytes = self.shapes[name], self._row_bytes(name, kind)
-        out = fresh(shape, dtype)
         rows = out.view(-1, shape[-1])
         step = max(1, CHUNK_BYTES // 4 // (shape[-1] * 4))
         for first in range(0, rows.shape[0], step):
             part = rows[first : first + step]
-            raw = read_as(
-                file, (part.shape[0], row_bytes), torch.uint8, torch.uint8, f"{self.path}: {name}"
-            )
-            # As one long row: gguf works on sixteen rows at a time, which are short here.
-            flat = raw.view(1, -1).numpy()
-            values = gguf.quants.dequantize(flat, gguf.GGMLQuantizationType(kind))
-            part.copy_(torch.from_numpy(values).view(part.shape))
-        return out
+            raw = torch.empty(part.shape[0], row_bytes, dtype=torch.uint8)
+            read_into(file, raw, f"{self.path}: {name}")
+            part.copy_(_unpacked(raw, kind, shape[-1]))
+
+
+def _unpacked(raw: Tensor, kind: int, columns: int) -> Tensor:
+    """Rows of quantised bytes as float32."""
+    gguf = _gguf_package()
+    if not raw.numel():
+        return torch.empty(raw.shape[0], columns)
+    # As one long row: gguf works on sixteen rows at a time, which are short here.
+    flat = raw.view(1, -1).numpy()
+    values = gguf.quants.dequantize(flat, gguf.GGMLQuantizationType(kind))
+    return torch.from_numpy(values).view(-1, columns)
 
 
 def _gguf_package() -> Any:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.errors import ConfigError, SourceError, WeightsError
 from fastlens.weights.family import FAMILIES, Family, Gguf
+from fastlens.weights.files import WeightFiles
 from fastlens.weights.gguf_file import GgufReader
 from fastlens.weights.tensor_files import Shape
 
@@ -55,15 +57,34 @@ class GgufTensors:
         ours = self._table.names[stem]
         return True, None if ours is None else f"{ours.format(l=layer)}.{kind}"
 
-    def _undo(self, ours: str, tensor: Tensor) -> Tensor:
+    def _undo_of(self, ours: str) -> Any:
         parts = ours.split(".")
-        pattern = ".".join("{l}" if part.isdigit() else part for part in parts)
-        undo = self._table.undo.get(pattern)
+        return self._table.undo.get(".".join("{l}" if p.isdigit() else p for p in parts))
+
+    def _undo(self, ours: str, tensor: Tensor) -> Tensor:
+        undo = self._undo_of(ours)
         return tensor if undo is None else undo(tensor, self._config)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    @property
+    def files(self) -> WeightFiles:
+        """The file, as it was when it was opened."""
+        return self._reader.files
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """One tensor, dequantised and in Hugging Face's order."""
-        return self._undo(name, self._reader.read(self._theirs[name], dtype))
+        # What is put in another order afterwards is another tensor.
+        out = None if self._undo_of(name) is not None else out
+        return self._undo(name, self._reader.read(self._theirs[name], dtype, out))
+
+    def read_rows(
+        self, name: str, rows: Int[Tensor, " row"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "row d"] | None:
+        """Some rows of a matrix; ``rows`` rise. None where llama.cpp reorders that matrix."""
+        if self._undo_of(name) is not None:
+            return None
+        return self._reader.read_rows(self._theirs[name], rows, dtype)
 
 
 def open_gguf(path: Path) -> tuple[Family, dict[str, Any], GgufTensors, dict[str, Any]]:

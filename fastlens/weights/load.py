@@ -53,7 +53,7 @@ def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> 
     processed = any(flags.values())
     dtype = torch.float32 if cfg.dtype in HALF and processed else cfg.dtype
     filled: set[str] = set()
-    for name, group in source.groups(cfg, dtype):
+    for name, group in source.groups(cfg, dtype, into=parameters):
         if processed:
             group = process_group(name, group, cfg, consume=source.gives_copies, **flags)
         filled |= store(parameters, group)
@@ -79,11 +79,16 @@ def store(parameters: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> set[s
     for key in list(tensors):
         tensor = tensors.pop(key)
         if key in parameters:
-            parameters[key].copy_(tensor)
+            if not _is_same_memory(parameters[key], tensor):
+                parameters[key].copy_(tensor)
             filled.add(key)
         else:
             _refuse_gain(key, tensor)
     return filled
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _refuse_gain(key: str, tensor: Tensor) -> None:

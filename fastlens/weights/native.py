@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,12 @@ class NativeTensors:
             ) from error
         if not (folder / WEIGHTS_FILE).is_file():
             raise SourceError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}. Save it again.")
-        self._reader = SafetensorsReader([folder / WEIGHTS_FILE])
-        self.shapes: dict[str, Shape] = self._reader.shapes
+        self.reader = SafetensorsReader([folder / WEIGHTS_FILE])
+        self.shapes: dict[str, Shape] = self.reader.shapes
 
-    def group(self, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """One group's tensors."""
-        keys = [key for key in self.shapes if group_of(key) == name]
-        return {key: self._reader.read(key, dtype) for key in keys}
+    def group(
+        self, name: str, dtype: torch.dtype | None, without: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """One group's tensors, but for those in ``without``."""
+        keys = [key for key in self.shapes if group_of(key) == name and key not in without]
+        return {key: self.reader.read(key, dtype) for key in keys}

