@@ -231,7 +231,7 @@ def _centre_unembed(group: _Group, cfg: HookedTransformerConfig | None) -> None:
 
 
 # Tokens whose numbers are summed at a time.
-VOCABULARY_PART = 4096
+VOCABULARY_PART = 512
 
 
 def vocabulary_mean(

@@ -15,7 +15,7 @@ from fastlens.config import HookedTransformerConfig
 from fastlens.errors import EditedError, MemoryLimitError
 from fastlens.memory import said_bytes
 from fastlens.weights.blocks import Blocks
-from fastlens.weights.fold import group_of, process_group
+from fastlens.weights.fold import VOCABULARY_PART, group_of, process_group
 from fastlens.weights.load import HALF, check_fit, fill_rest, store
 from fastlens.weights.on_demand import Layout, OnDemand, StreamedParameter
 from fastlens.weights.source import Source
@@ -224,7 +224,9 @@ class WeightStream:
         # Folding a bias, or a mean, makes one product as large as a weight.
         largest = max(group.layout.largest for group in self.groups.values())
         is_layer_norm = str(self.cfg.normalization_type).startswith("LN")
-        return max(beside) + (largest if is_layer_norm else 0) + 2 * CHUNK_BYTES
+        # Tokens' vectors in several precisions.
+        some = 32 * VOCABULARY_PART * self.cfg.d_model
+        return max(beside) + (largest if is_layer_norm else 0) + max(2 * CHUNK_BYTES, some)
 
     # -- coming and going --------------------------------------------------------------------
 
