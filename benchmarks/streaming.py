@@ -111,10 +111,14 @@ def in_memory(name: str, clean: Any, corrupted: Any) -> tuple[torch.Tensor, torc
 
 
 def check_equal(want: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> None:
-    """Stops where results differ in one bit."""
+    """Stops where results differ by more than rounding does.
+
+    Within a limit a sweep is cut into other chunks, and products of other sizes round otherwise.
+    """
     for a, b in zip(want, found, strict=True):
-        if not torch.equal(a, b):
-            raise SystemExit(f"streamed results differ by {float((a - b).abs().max()):.1e}.")
+        difference = float((a - b).abs().max())
+        if not difference <= 1e-5 * max(1.0, float(a.abs().max())):
+            raise SystemExit(f"streamed results differ by {difference:.1e}.")
 
 
 def peaks(folder: Path, weights: int, n_pos: int) -> dict[str, Any]:
