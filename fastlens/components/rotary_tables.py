@@ -1,5 +1,6 @@
 """Sine and cosine tables of rotary position embeddings, with the scalings models use."""
 
+import functools
 import math
 
 import torch
@@ -38,13 +39,41 @@ def rotary_tables(
         attention_factor = cfg.yarn_attention_factor
     elif not is_local and cfg.rotary_scaling_factor != 1.0:
         frequencies = frequencies / cfg.rotary_scaling_factor
-    angles = torch.arange(n_ctx, dtype=precise)[:, None] * frequencies
-    if cfg.rotary_adjacent_pairs:
+    is_plain = type(frequencies) is Tensor and frequencies.device.type == "cpu"
+    if not is_plain or n_ctx * frequencies.numel() > _LARGEST_KEPT:
+        return _tables(frequencies, n_ctx, attention_factor, cfg.rotary_adjacent_pairs, dtype)
+    # All layers of a model ask for the same tables, and each has its own.
+    precisely = frequencies.numpy().tobytes(), precise
+    sin, cos = _kept_tables(precisely, n_ctx, attention_factor, cfg.rotary_adjacent_pairs, dtype)
+    return sin.clone(), cos.clone()
+
+
+# Angles of one table, half a million of which are 4 MB of sines and cosines.
+_LARGEST_KEPT = 2**19
+
+
+def _tables(
+    frequencies: Tensor, n_ctx: int, factor: float, adjacent_pairs: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(n_ctx, dtype=frequencies.dtype)[:, None] * frequencies
+    if adjacent_pairs:
         angles = angles.repeat_interleave(2, dim=1)
     else:
         angles = torch.cat([angles, angles], 1)
-    sin, cos = angles.sin() * attention_factor, angles.cos() * attention_factor
-    return sin.to(dtype), cos.to(dtype)
+    return (angles.sin() * factor).to(dtype), (angles.cos() * factor).to(dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_tables(
+    frequencies: tuple[bytes, torch.dtype],
+    n_ctx: int,
+    factor: float,
+    adjacent_pairs: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    numbers, precise = frequencies
+    exact = torch.frombuffer(bytearray(numbers), dtype=precise)
+    return _tables(exact, n_ctx, factor, adjacent_pairs, dtype)
 
 
 def _by_parts(frequencies: Tensor, cfg: HookedTransformerConfig) -> Tensor:

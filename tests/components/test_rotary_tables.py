@@ -8,6 +8,8 @@ from fastlens.config import HookedTransformerConfig
 from tests.close import assert_close_to
 from tests.configs import tiny
 
+SIZES = {"n_layers": 1, "d_model": 16, "n_ctx": 16, "d_head": 8, "d_vocab": 5, "act_fn": "relu",
+         "positional_embedding_type": "rotary", "device": "cpu"}  # fmt: skip
 SCALINGS = {
     "default": ({}, {"rope_type": "default"}),
     "linear": (
@@ -77,3 +79,22 @@ def test_adjacent_pairs_interleave_and_local_layers_have_their_base():
     local, _ = rotary_tables(cfg, 4, torch.float64, is_local=True)
     angle = 3 * 100 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     assert_close_to(local[3, 0::2], angle.sin(), atol=1e-12)
+
+
+def test_layers_share_the_work_and_not_the_table():
+    cfg = HookedTransformerConfig(**SIZES, rotary_dim=8)
+    first, second = (rotary_tables(cfg, 16, torch.float32) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+        a.zero_()
+        assert not torch.equal(a, b)
+    other = HookedTransformerConfig(**SIZES, rotary_dim=8, rotary_base=500)
+    assert not torch.equal(rotary_tables(other, 16, torch.float32)[0], second[0])
+    assert rotary_tables(cfg, 16, torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_tables_without_numbers():
+    with torch.device("meta"):
+        sin, cos = rotary_tables(HookedTransformerConfig(**SIZES, rotary_dim=8), 16, torch.float32)
+    assert sin.is_meta
+    assert cos.shape == (16, 8)
