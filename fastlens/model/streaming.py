@@ -1,6 +1,7 @@
 """`Streaming`: how much memory a model whose weights are streamed may take, and who gets it."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -107,12 +108,13 @@ class Streaming:
 
     @contextlib.contextmanager
     def reserve(self, n: int) -> Iterator[None]:
-        """In the block, weights leave ``n`` bytes to activations.
+        """In the block, weights leave ``n`` bytes to activations, and autograd keeps none alive.
 
         Raises: MemoryLimitError if weights and ``n`` bytes do not fit into ``max_memory``.
         """
         if self.limit is None or self._reserved is not None:
-            yield
+            with self.stream.graph_without_weights():
+                yield
             return
         room = self.room()
         if n > room:
@@ -129,7 +131,8 @@ class Streaming:
         self._reserved = self.limit - self._others(held) - self.stream.transient - n
         try:
             self.stream.let_go(keep=self._reserved)
-            yield
+            with self.stream.graph_without_weights():
+                yield
         finally:
             self._reserved = None
 
@@ -157,7 +160,7 @@ class Streaming:
             n_logits: Rows of logits that it returns.
         """
         needed = self._forward_bytes(residual, n_layers, n_logits)
-        with self.reserve(needed), self.stream.graph_without_weights():
+        with self.reserve(needed):
             yield
 
     def _forward_bytes(self, residual: Tensor, n_layers: int, n_logits: int) -> int:
@@ -221,6 +224,8 @@ def streamed_model(
     if offload == "cpu":
         files.hold()
     streaming = Streaming(model, source, flags, limit, baseline)
+    # Weights and what refers to them form circles, which would be found late.
+    weakref.finalize(model, streaming.stream.close)
     model.streaming = streaming  # type: ignore[assignment]
     embedding = streaming.stream, source, cfg, flags
     model.embed.rows = EmbeddingRows.of(*embedding)  # type: ignore[union-attr]

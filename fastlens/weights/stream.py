@@ -275,6 +275,17 @@ class WeightStream:
                     self._remove(group)
                     self._blocks.drop()
 
+    def close(self) -> None:
+        """Free everything; the model is gone."""
+        with self._lock:
+            self._drop_coming()
+            for group in self.groups.values():
+                if group.is_here:
+                    self._remove(group)
+            self._blocks.drop()
+            if self._worker is not None:
+                self._worker.shutdown(wait=False)
+
     def _drop_coming(self) -> None:
         coming, self._coming = self._coming, None
         if coming is not None:

@@ -394,3 +394,28 @@ def test_a_failing_disk(monkeypatch, tmp_path):
                 model(prompt())
         monkeypatch.undo()
         model(prompt())
+
+
+def test_a_model_that_is_gone_holds_no_weights(folders):
+    model = load(folders["gpt2"], max_memory="300MB")
+    with torch.no_grad():
+        model(prompt())
+    stream = model.streaming.stream
+    assert stream.held > 0
+    del model
+    assert stream.held == 0
+
+
+def test_sweeps_with_gradients(llama):
+    found = []
+    for model in llama:
+        clean, corrupted = prompt()[:1], prompt()[1:]
+        steer = torch.ones(32, requires_grad=True)
+        scores = sweep(
+            model, clean, corrupted, source=steer, mode="add", metric=logit_diff(5, 9),
+            layers=[0, 1], positions=[2], gradients=True, progress=False,
+        )  # fmt: skip
+        scores.values.sum().backward()
+        found.append(steer.grad)
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
