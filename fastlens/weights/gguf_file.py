@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.errors import MissingDependencyError, SourceError
+from fastlens.kernels.reference_packed import FORMATS
+from fastlens.ops.dequantize import dequantize
 from fastlens.weights.files import CHUNK_BYTES, WeightFiles
 from fastlens.weights.tensor_files import Shape, fresh, read_as, read_into, read_rows
 
@@ -111,6 +113,22 @@ class GgufReader:
             out = fresh(shape, dtype or torch.float32) if out is None else out
             self._dequantize(file, name, kind, out)
             return out
+
+    def read_on(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        """One tensor on a device, where `ops.dequantize` unpacks it if it knows the format.
+
+        Cost: the packed bytes cross to the device, not the numbers.
+        """
+        kind, start = self._places[name]
+        packed_as = None if kind in _PLAIN else _gguf_package().GGMLQuantizationType(kind).name
+        if packed_as not in FORMATS:
+            return self.read(name, dtype).to(device)
+        shape = self.shapes[name]
+        packed = torch.empty(*shape[:-1], self._row_bytes(name, kind), dtype=torch.uint8)
+        with self.files.open(self.path) as file:
+            file.seek(start)
+            read_into(file, packed, f"{self.path}: {name}")
+        return dequantize(packed.to(device), packed_as, dtype=dtype or torch.float32)
 
     def read_rows(
         self, name: str, rows: Int[Tensor, " row"], dtype: torch.dtype | None = None

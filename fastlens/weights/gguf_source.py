@@ -78,6 +78,10 @@ class GgufTensors:
         out = None if self._undo_of(name) is not None else out
         return self._undo(name, self._reader.read(self._theirs[name], dtype, out))
 
+    def read_on(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        """One tensor in Hugging Face's order, unpacked on a device."""
+        return self._undo(name, self._reader.read_on(self._theirs[name], dtype, device))
+
     def read_rows(
         self, name: str, rows: Int[Tensor, " row"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "row d"] | None:

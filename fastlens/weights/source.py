@@ -18,7 +18,7 @@ from fastlens.errors import ConfigError, MissingDependencyError, SourceError
 from fastlens.weights.family import Family, Key, family_of
 from fastlens.weights.files import WeightFiles
 from fastlens.weights.fold import group_of
-from fastlens.weights.gguf_source import open_gguf
+from fastlens.weights.gguf_source import GgufTensors, open_gguf
 from fastlens.weights.hub import cached_tokenizer_folder, fetch, has_tokenizer
 from fastlens.weights.names import SMOLLM2, TOY, known_names, packaged_model, repository_of
 from fastlens.weights.native import NativeTensors, is_native
@@ -74,11 +74,13 @@ class Source(Protocol):
         dtype: torch.dtype | None = None,
         into: Mapping[str, Tensor] | None = None,
         without: Collection[str] = (),
+        device: torch.device | None = None,
     ) -> dict[str, Tensor]:
         """One group's tensors, as in `groups`; empty if the source has none for it.
 
         Args:
             without: Parameters that are not read.
+            device: Where they go, packed if they are stored so; by default where they are.
         """
         ...
 
@@ -197,14 +199,21 @@ class CheckpointSource:
         dtype: torch.dtype | None = None,
         into: Mapping[str, Tensor] | None = None,
         without: Collection[str] = (),
+        device: torch.device | None = None,
     ) -> dict[str, Tensor]:
         """See `Source.group`."""
         tensors: dict[str, Tensor] = {}
         for tensor, key, targets in self._plan.get(name, []):
             if targets and set(targets) <= set(without):
                 continue
-            out = self._landing(tensor, key, targets, cfg, dtype, into)
-            views = key.view(self._reader.read(tensor, dtype, out), cfg)
+            if device is None:
+                out = self._landing(tensor, key, targets, cfg, dtype, into)
+                read = self._reader.read(tensor, dtype, out)
+            elif isinstance(self._reader, GgufTensors):
+                read = self._reader.read_on(tensor, dtype, device)
+            else:
+                read = self._reader.read(tensor, dtype).to(device)
+            views = key.view(read, cfg)
             views = (views,) if isinstance(views, Tensor) else views
             tensors.update(zip(targets, views, strict=True))
         return tensors
@@ -296,9 +305,13 @@ class NativeSource:
         dtype: torch.dtype | None = None,
         into: Mapping[str, Tensor] | None = None,
         without: Collection[str] = (),
+        device: torch.device | None = None,
     ) -> dict[str, Tensor]:
         """See `Source.group`."""
-        return self._tensors.group(name, dtype, without)
+        tensors = self._tensors.group(name, dtype, without)
+        if device is not None:
+            tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+        return tensors
 
     def beside(
         self,

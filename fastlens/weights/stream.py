@@ -361,8 +361,12 @@ class WeightStream:
         with torch.inference_mode(False), torch.no_grad():
             processed = any(self._flags.values())
             places = group.layout.place(blocks)
+            # On a GPU they are unpacked and processed.
+            device = None if self._device.type == "cpu" else self._device
             tensors = self._source.group(
-                group.part_of, self.cfg, self._read_as, into=places, without=group.without
+                *(group.part_of, self.cfg, self._read_as, places),
+                without=group.without,
+                device=device,
             )
             if processed:
                 consume = self._source.gives_copies

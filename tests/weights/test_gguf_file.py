@@ -109,3 +109,19 @@ def test_without_the_gguf_package(tmp_path, monkeypatch):
     assert GgufReader(plain).read("F16").dtype == torch.float16
     with pytest.raises(MissingDependencyError, match=r"pip install 'fastlens-interp\[gguf\]'"):
         GgufReader(quantised)
+
+
+def test_rows_and_reading_on_a_device(path):
+    reader = GgufReader(path)
+    for name, shape in reader.shapes.items():
+        whole = reader.read(name)
+        on = reader.read_on(name, None, torch.device("cpu"))
+        assert on.dtype == whole.dtype
+        assert torch.equal(on, whole), name
+        out = torch.empty(shape, dtype=whole.dtype)
+        assert reader.read(name, None, out) is out
+        assert torch.equal(out, whole)
+        rows = torch.tensor([0, 1, shape[0] - 1])
+        assert torch.equal(reader.read_rows(name, rows), whole[rows])
+        assert torch.equal(reader.read_rows(name, rows, torch.bfloat16), whole[rows].bfloat16())
+        assert reader.read_rows(name, rows[:0]).shape == (0, shape[1])

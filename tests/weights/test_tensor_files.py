@@ -231,3 +231,16 @@ def test_an_old_pickle_is_read_once(tmp_path):
     reader = PickleReader([path])
     path.unlink()
     assert all(torch.equal(reader.read(name), saved[name]) for name in saved)
+
+
+def test_rows_and_memory_that_is_given(file):
+    reader = SafetensorsReader([file])
+    for name, shape in reader.shapes.items():
+        whole = reader.read(name)
+        out = torch.empty(shape, dtype=whole.dtype)
+        assert reader.read(name, whole.dtype, out) is out
+        assert torch.equal(out, whole)
+        if len(shape) == 2 and shape[0] > 2 and whole.is_floating_point():
+            rows = torch.tensor([0, 1, shape[0] - 1])
+            assert torch.equal(reader.read_rows(name, rows), whole[rows])
+            assert reader.read_rows(name, rows[:0]).shape == (0, shape[1])
