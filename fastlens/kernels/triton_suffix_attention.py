@@ -16,17 +16,18 @@ from fastlens.kernels.suffix_tiles import longest_piece, tiles_of
 from fastlens.kernels.triton_attention import LARGEST_D_HEAD, slopes
 
 # (bytes of an element, BLOCK_D) -> BLOCK_M, BLOCK_N, num_warps, num_stages. None spills registers
-# on sm_80, sm_90, sm_100 or gfx942 (tests/gpu/test_ahead_of_time.py); none was timed.
+# on sm_80, sm_90, sm_100 or gfx942, by triton 3.7.1 or by 3.9.0, with every switch or only causal
+# (tests/gpu/test_ahead_of_time.py); none was timed.
 BLOCKS = {
     (2, 16): (64, 32, 4, 2),
     (2, 32): (64, 32, 4, 2),
     (2, 64): (64, 32, 4, 2),
-    (2, 128): (64, 32, 4, 2),
+    (2, 128): (64, 16, 4, 2),
     (2, 256): (64, 16, 8, 2),
     (4, 16): (32, 32, 4, 2),
     (4, 32): (32, 32, 4, 2),
-    (4, 64): (32, 16, 4, 2),
-    (4, 128): (32, 16, 8, 2),
+    (4, 64): (64, 16, 8, 3),
+    (4, 128): (16, 16, 8, 2),
     (4, 256): (16, 16, 4, 2),
 }
 # The same for own keys where no branch wants more than FEWEST_ROWS rows. Tiles are padded to them:
@@ -35,12 +36,12 @@ FEWEST_ROWS = 16
 BLOCKS_OF_FEW = {
     (2, 16): (FEWEST_ROWS, 32, 4, 2),
     (2, 32): (FEWEST_ROWS, 64, 4, 2),
-    (2, 64): (FEWEST_ROWS, 64, 4, 2),
-    (2, 128): (FEWEST_ROWS, 64, 4, 2),
+    (2, 64): (FEWEST_ROWS, 32, 4, 2),
+    (2, 128): (FEWEST_ROWS, 32, 4, 2),
     (2, 256): (FEWEST_ROWS, 32, 2, 2),
     (4, 16): (FEWEST_ROWS, 32, 4, 2),
     (4, 32): (FEWEST_ROWS, 32, 4, 2),
-    (4, 64): (FEWEST_ROWS, 32, 4, 2),
+    (4, 64): (FEWEST_ROWS, 32, 8, 2),
     (4, 128): (FEWEST_ROWS, 16, 4, 2),
     (4, 256): (FEWEST_ROWS, 16, 4, 2),
 }

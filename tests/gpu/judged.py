@@ -49,7 +49,8 @@ def inputs(
         return [torch.cat([x, x, x], -1).to(dtype)[..., 1 : d_head + 1] for x in (q, k, v)]
     if strides == "transposed":
         return [x.to(dtype).permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1) for x in (q, k, v)]
-    return [x.to(dtype) for x in (q, k, v)]
+    # Apart in memory: a step past the keys must not land on the values.
+    return [x.to(dtype, copy=True) for x in (q, k, v)]
 
 
 def padding(n_keys: int) -> torch.Tensor:

@@ -5,9 +5,12 @@ a tensor's device is decided as on a GPU, every operation of PyTorch's is comput
 kernel for GPUs is recorded and computed in one of two ways (`pretend_cuda`'s ``launch``). Reading
 numbers on the host is counted: on a GPU each such read waits until all queued work is done.
 
+With ``n_devices`` there are several. Each tensor says on which it lies, operations on tensors of
+two are refused as CUDA refuses them, and copies between them are counted.
+
 PyTorch itself takes these tensors for ones on its ``meta`` device, which a CPU build can trace and
 differentiate; only Python sees cuda:0. So anything in C++ that looks at the device goes the way of
-meta tensors, and a CUDA device with another number, streams and events are not pretended.
+meta tensors, and streams and events are not pretended.
 """
 
 import contextlib
@@ -49,10 +52,11 @@ class Pretended(torch.Tensor):
     """A tensor on the pretended GPU; its numbers are ``inner``, on the CPU."""
 
     inner: Tensor
+    place: torch.device
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Pretended":
+    def __new__(cls, inner: Tensor, place: torch.device = CUDA) -> "Pretended":
         if inner.is_meta:
             raise RuntimeError("numbers were lost on the way to the pretended GPU")
         made = torch.Tensor._make_wrapper_subclass(
@@ -63,14 +67,14 @@ class Pretended(torch.Tensor):
             dtype=inner.dtype,
             device=META,
         )
-        made.inner = inner
+        made.inner, made.place = inner, place
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} on a pretended CUDA tensor, outside `pretend_cuda`")
 
-    device = property(lambda self: CUDA)
+    device = property(lambda self: self.place)
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
     is_cpu = property(lambda self: False)
@@ -83,11 +87,11 @@ class Pretended(torch.Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.inner = value.inner  # type: ignore[attr-defined]
+        self.inner, self.place = value.inner, value.device  # type: ignore[attr-defined]
 
     def get_device(self) -> int:
         """The number of the GPU."""
-        return 0
+        return self.place.index
 
     def data_ptr(self) -> int:
         """Where the numbers lie. Kernels get it, so it is remembered as one on the GPU."""
@@ -102,14 +106,14 @@ class Pretended(torch.Tensor):
         return self.inner.untyped_storage()
 
     def __getitem__(self, index: Any) -> Tensor:
-        return torch.Tensor.__getitem__(self, _on_gpu(index))
+        return torch.Tensor.__getitem__(self, _on_gpu(index, self.place))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        torch.Tensor.__setitem__(self, _on_gpu(index), value)
+        torch.Tensor.__setitem__(self, _on_gpu(index, self.place), value)
 
     def new_tensor(self, data: Any, *, dtype: Any = None, device: Any = None) -> Tensor:
         """As `torch.tensor`, on the GPU."""
-        return torch.tensor(data, dtype=dtype or self.dtype, device=device or CUDA)
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.place)
 
     def tolist(self) -> Any:
         """A read by the host."""
@@ -135,11 +139,11 @@ class Pretended(torch.Tensor):
         return made.requires_grad_(self.requires_grad)
 
 
-def _on_gpu(index: Any) -> Any:
+def _on_gpu(index: Any, place: torch.device) -> Any:
     """An index whose lists are tensors: in C++ they would become tensors without numbers."""
     if isinstance(index, tuple):
-        return tuple(map(_on_gpu, index))
-    return torch.tensor(index, device=CUDA) if isinstance(index, list | np.ndarray) else index
+        return tuple(_on_gpu(part, place) for part in index)
+    return torch.tensor(index, device=place) if isinstance(index, list | np.ndarray) else index
 
 
 def inner_of(x: Any) -> Any:
@@ -169,6 +173,7 @@ class PretendedGpu(TorchDispatchMode):
         launches: What their GPU kernels launched.
         reads: PyTorch's operations by which the host read numbers (each waits for the GPU).
         uploads: How many tensors were copied from the CPU.
+        crossings: From where to where tensors were copied between GPUs, and their shapes.
         direct: GPU kernels called past their registered op, where torch.compile would see nothing.
     """
 
@@ -183,6 +188,9 @@ class PretendedGpu(TorchDispatchMode):
         self.reads: list[str] = []
         self.direct: list[Call] = []
         self.uploads = 0
+        self.crossings: list[tuple[str, str, tuple[int, ...]]] = []
+        # Where `.to(...)`, whose device C++ must not see, puts its copy.
+        self.target = CUDA
         self.addresses: set[int] = set()
         self._registered: list[str] = []
         self._serving: Call | None = None
@@ -193,7 +201,7 @@ class PretendedGpu(TorchDispatchMode):
 
     def forget(self) -> None:
         """Start all records anew."""
-        for record in (self.calls, self.launches, self.reads, self.direct):
+        for record in (self.calls, self.launches, self.reads, self.direct, self.crossings):
             record.clear()
         self.uploads = 0
 
@@ -203,14 +211,17 @@ class PretendedGpu(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func.namespace == "fastlens":
             return self._registered_op(func, args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        ours = [x for x in leaves if isinstance(x, Pretended)]
+        if ours and func.overloadpacket.__name__ != "_to_copy":
+            # What C++ makes on the way is asked for on `meta`.
+            self.target = ours[0].place
         with self:
             # Below autograd, such as in a kernel, these arrive whole.
             parts = func.decompose(*args, **kwargs) if _is_composite(func) else NotImplemented
         if parts is not NotImplemented:
             return parts
         name = func.overloadpacket.__name__
-        leaves, spec = tree_flatten((args, kwargs))
-        ours = [x for x in leaves if isinstance(x, Pretended)]
         if any(type(x) is Tensor and x.is_meta for x in leaves):
             raise RuntimeError(f"{func} got a tensor whose numbers were lost on the way here")
         if ours:
@@ -222,8 +233,12 @@ class PretendedGpu(TorchDispatchMode):
         inner_args, inner_kwargs = tree_unflatten(map(inner_of, leaves), spec)
         if target is not None:
             inner_kwargs["device"] = CPU
+        place = ours[0].place if ours and target is None else self._place(target)
         if name == "copy_":
             on_gpu = isinstance(args[0], Pretended)
+            if on_gpu:
+                place = args[0].place
+                self._crossed(args[1], place)
         self._count(name, args, bool(ours), on_gpu)
         out = func(*inner_args, **inner_kwargs)
         if not on_gpu:
@@ -234,9 +249,19 @@ class PretendedGpu(TorchDispatchMode):
         def wrapped(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            return same[id(x)] if id(x) in same else Pretended(x)
+            return same[id(x)] if id(x) in same else Pretended(x, place)
 
         return tree_map(wrapped, out)
+
+    def _place(self, target: Any) -> torch.device:
+        target = CUDA if target is None else torch.device(target)
+        if target.type == "meta":
+            return self.target
+        return torch.device("cuda", target.index or 0)
+
+    def _crossed(self, x: Any, to: torch.device) -> None:
+        if isinstance(x, Pretended) and x.place != to:
+            self.crossings.append((str(x.place), str(to), tuple(x.shape)))
 
     def _check_devices(self, name: str, args: Any, leaves: list[Any]) -> None:
         """Refuse as CUDA does; CPU scalars may join, and CPU indices of a CUDA tensor."""
@@ -256,6 +281,15 @@ class PretendedGpu(TorchDispatchMode):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"cuda:0 and cpu! ({name})"
+            )
+        places = {str(x.place) for x in given if isinstance(x, Pretended)}
+        if name in INDEXED:
+            indices = [x for x in args[1] if isinstance(x, Pretended)]
+            places |= {str(x.place) for x in indices}
+        if len(places) > 1:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{' and '.join(sorted(places))}! ({name})"
             )
 
     def _count(self, name: str, args: Any, from_gpu: bool, to_gpu: bool) -> None:
@@ -352,7 +386,7 @@ def _copied(x: Any) -> Any:
     if not isinstance(x, Pretended) or 0 in x.stride():
         return x
     copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-    return Pretended(copy.copy_(x.inner))
+    return Pretended(copy.copy_(x.inner), x.place)
 
 
 def _filled(dry: Any, computed: Any, name: str) -> Any:
@@ -463,8 +497,9 @@ def pretend_cuda(
     csrc: bool = False,
     launch: bool = False,
     capability: tuple[int, int] = (9, 0),
+    n_devices: int = 1,
 ) -> Iterator[PretendedGpu]:
-    """Inside, there is one CUDA device of that compute capability.
+    """Inside, there are ``n_devices`` CUDA devices of that compute capability.
 
     Args:
         triton: FASTLENS_TRITON=1, and triton is installed.
@@ -501,7 +536,7 @@ def pretend_cuda(
         mock.patch.object(torch, "tensor", _on_cpu_first(torch.tensor)),
         mock.patch.object(torch, "as_tensor", _on_cpu_first(torch.as_tensor)),
         mock.patch.object(torch.Tensor, "pin_memory", lambda x, *_: x),
-        *_torch_cuda(capability),
+        *_torch_cuda(capability, n_devices),
         _imported(_triton_modules(gpu, launch) if triton else {}),
     ]
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -523,15 +558,41 @@ _TENSOR_TO, _REGISTRY = torch.Tensor.to, dispatch.kernels
 def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``x.to(...)``, which in C++ asks for the driver before anything else."""
 
+    gpu = _ACTIVE[-1]
+    gpu.target = CUDA
+
     def here(value: Any) -> Any:
         if isinstance(value, str) and value not in ("cpu", "meta"):
             value = torch.device(value)
         is_cuda = isinstance(value, torch.device) and value.type == "cuda"
+        if is_cuda:
+            gpu.target = torch.device("cuda", value.index or 0)
         return META if is_cuda else value
 
     if args and isinstance(args[0], Pretended):
+        gpu.target = args[0].place
         args = (META, args[0].dtype, *args[1:])
-    return _TENSOR_TO(x, *map(here, args), **{name: here(v) for name, v in kwargs.items()})
+    elif isinstance(x, Pretended):
+        gpu.target = x.place
+    args, kwargs = tuple(map(here, args)), {name: here(v) for name, v in kwargs.items()}
+    if isinstance(x, Pretended) and META in (*args, *kwargs.values()) and gpu.target != x.place:
+        # To C++ it is there already.
+        x = _Crossing.apply(x, gpu.target)
+    return _TENSOR_TO(x, *args, **kwargs)
+
+
+class _Crossing(torch.autograd.Function):
+    """A copy from one pretended GPU to another; its gradient is copied back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, to: torch.device) -> Any:
+        ctx.back = x.place
+        _ACTIVE[-1]._crossed(x, to)
+        return Pretended(x.inner.clone(), to)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].to(ctx.back), None
 
 
 def _on_cpu_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -546,14 +607,14 @@ def _on_cpu_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
-def _torch_cuda(capability: tuple[int, int]) -> list[Any]:
+def _torch_cuda(capability: tuple[int, int], n_devices: int) -> list[Any]:
     """What fastlens asks ``torch.cuda``."""
     about = SimpleNamespace(
         name="pretended GPU", major=capability[0], minor=capability[1], total_memory=80 * 2**30
     )
     answers = {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: n_devices,
         "current_device": lambda: 0,
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: about,

@@ -154,6 +154,14 @@ def bit_field(block: "Block", i: Instruction) -> None:
     block.write(i.operands[0], (out & 0xFFFFFFFF).astype(np.uint32))
 
 
+def count_bits(block: "Block", i: Instruction) -> None:
+    """popc: how many bits are set, 32 bits wide also of a wider source."""
+    if i.type not in ("b32", "b64"):
+        raise PtxError(f"not known: {i.text}")
+    value = block.read(i.operands[1], f"u{i.type[1:]}")
+    block.write(i.operands[0], np.bitwise_count(value).astype(np.uint32))
+
+
 def permute_bytes(block: "Block", i: Instruction) -> None:
     """prmt: each byte of the result is one of eight, or the sign of one."""
     a, b, selector = (np.broadcast_to(block.read(x, "u32"), block.n) for x in i.operands[1:4])
@@ -260,6 +268,7 @@ STEPS: dict[str, Step] = {
     "shl": shift,
     "shr": shift,
     "bfe": bit_field,
+    "popc": count_bits,
     "prmt": permute_bytes,
     "setp": set_predicate,
     "selp": select,

@@ -1,5 +1,6 @@
 """Every configuration that the launchers can ask for, as a call that asks for it."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ RULES = {
 D_HEADS = (16, 32, 64, 80, 128, 256)
 MATRIX_D_HEADS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# One for each number of bytes in the tables of blocks.
+ROW_DTYPES = (torch.bfloat16, torch.float32)
 NORM_SIZES = (64, 768, 4096, 12288, 16384)
 
 
@@ -71,42 +74,36 @@ def suffix_attention(d_head: int, dtype: torch.dtype, rule: str, n_rows: int) ->
 
 
 def biased() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Fused attention with every switch and a bias, of each row of its tables of blocks."""
-    for d_head in MATRIX_D_HEADS:
-        for dtype in (torch.bfloat16, torch.float32):
-            call = attention(d_head, dtype, "everything", is_biased=True)
-            yield f"attention with bias {d_head} {dtype}", call
+    """Fused attention with a bias, of each row of its tables of blocks."""
+    for d_head, dtype, rule in itertools.product(MATRIX_D_HEADS, ROW_DTYPES, RULES):
+        call = attention(d_head, dtype, rule, is_biased=True)
+        yield f"attention with bias {d_head} {dtype} {rule}", call
 
 
 def summaries() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """One of each row of the summary's table of blocks, and the leanest kernels."""
-    for d_head in MATRIX_D_HEADS:
-        for dtype in (torch.bfloat16, torch.float32):
-            yield f"summary {d_head} {dtype}", summary(d_head, dtype, "everything")
-    yield "summary 64 alone", summary(64, torch.bfloat16, "causal")
+    """Of each row of the summary's table of blocks."""
+    for d_head, dtype, rule in itertools.product(MATRIX_D_HEADS, ROW_DTYPES, RULES):
+        yield f"summary {d_head} {dtype} {rule}", summary(d_head, dtype, rule)
     yield "summary 80 float16", summary(80, torch.float16, "everything")
 
 
 def suffix() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """One of each row of the suffix kernel's table of blocks, with many rows and with one."""
-    for d_head in MATRIX_D_HEADS:
-        for dtype in (torch.bfloat16, torch.float32):
-            for n_rows in (17, 1):
-                call = suffix_attention(d_head, dtype, "everything", n_rows)
-                yield f"suffix {d_head} {dtype} {n_rows} rows", call
-    yield "suffix 64 alone", suffix_attention(64, torch.bfloat16, "causal", 17)
+    """Of each row of the suffix kernel's tables of blocks, with many rows and with one."""
+    crossed = itertools.product(MATRIX_D_HEADS, ROW_DTYPES, RULES, (17, 1))
+    for d_head, dtype, rule, n_rows in crossed:
+        call = suffix_attention(d_head, dtype, rule, n_rows)
+        yield f"suffix {d_head} {dtype} {rule} {n_rows} rows", call
     yield "suffix 80 float16", suffix_attention(80, torch.float16, "everything", 17)
 
 
 def _attention_inputs(
     d_head: int, dtype: torch.dtype, rule: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """q, k, and where every other switch is on a key mask and a bias of each head."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """q, k, a key mask where every other switch is on, and a bias of each head."""
     q = torch.randn(2, 130, 4, d_head).to(dtype)
     k = torch.randn(2, 130, 2, d_head).to(dtype)
-    if rule != "everything":
-        return q, k, None, None
-    return q, k, padding(130), torch.randn(2, 4, 130, 130).to(dtype)
+    mask = padding(130) if rule == "everything" else None
+    return q, k, mask, torch.randn(2, 4, 130, 130).to(dtype)
 
 
 def others() -> Iterator[tuple[str, Callable[[], Any]]]:

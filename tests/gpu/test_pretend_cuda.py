@@ -299,3 +299,35 @@ def test_a_whole_model_runs(gpu):
     logits = model(moved)
     assert logits.device == CUDA and gpu.reads == [] and gpu.calls
     assert_close_to(logits.inner, expected.detach())
+
+
+def test_several_devices_do_not_mix():
+    with pretend_cuda(triton=False, n_devices=2) as gpus:
+        assert torch.cuda.device_count() == 2
+        here, there = torch.ones(3).to("cuda:0"), torch.ones(3, device="cuda:1")
+        assert (here.device.index, there.device.index, there.get_device()) == (0, 1, 1)
+        for mixed in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            lambda: here.add_(there),
+            lambda: here[there.long()],
+            lambda: here * there.sum(),
+        ):
+            with pytest.raises(RuntimeError, match="two devices, cuda:0 and cuda:1"):
+                mixed()
+        gpus.forget()
+        assert (here.to("cuda:1") + there).device == there.device
+        assert here.to("cuda:0") is here and here.to(there).device == there.device
+        here.copy_(there)
+        assert gpus.crossings == [
+            *[("cuda:0", "cuda:1", (3,))] * 2,
+            ("cuda:1", "cuda:0", (3,)),
+        ]
+        learned = torch.ones(3, device="cuda:0", requires_grad=True)
+        (learned.to("cuda:1") * there * 3).sum().backward()
+        assert learned.grad.device == here.device and learned.grad.cpu().tolist() == [3.0] * 3
+        moved = nn.Linear(3, 2).to("cuda:1")
+        assert {p.device for p in moved.parameters()} == {there.device}
+        assert moved(there).device == copy.deepcopy(moved)(there).device == there.device
+        causal = F.scaled_dot_product_attention(*[torch.ones(1, 2, 3, 4).to("cuda:1")] * 3)
+        assert causal.device == there.device

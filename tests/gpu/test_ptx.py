@@ -262,11 +262,12 @@ def source_mistake(right, wrong, kwargs, of="attention", module="attention"):
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("key_pos < n_keys\n        k_block", "key_pos <= n_keys\n        k_block"),
+        ("key_pos < n_keys\n    # Pos", "key_pos <= n_keys\n    # Pos"),
+        ("column[:, None] < n_keys", "column[:, None] <= n_keys"),
         ("mask=is_row[:, None] & is_channel[None, :],", "mask=is_channel[None, :],"),
         ("batch_head.to(tl.int64) * n_queries + row, lse", "batch_head.to(tl.int64) + row, lse"),
     ],
-    ids=["a load past the keys", "a store past the rows", "two blocks in one place"],
+    ids=["past the keys", "past the values", "a store past the rows", "two blocks in one place"],
 )
 def test_an_index_that_is_off_is_caught(right, wrong):
     kwargs = {"n_queries": 63, "n_keys": 63, "heads": 2, "rule": "bidirectional"}

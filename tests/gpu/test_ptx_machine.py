@@ -75,9 +75,20 @@ def test_bit_fields_bytes_and_shifts():
         "shl.b32 %r4, 1, 32;": 0,
         "shr.s32 %r4, -8, 1;": -4,
         "selp.b32 %r4, 1, 2, %p1;": 2,
+        "popc.b32 %r4, 0;": 0,
+        "popc.b32 %r4, -1;": 32,
+        "popc.b64 %r4, 0x8000000000000101;": 3,
     }.items():
         run(f"setp.eq.b32 %p1, 1, 2;\n{line}\nst.global.b32 [%rd3], %r4;\n", out)
         assert out[0] == value, line
+
+
+def test_set_bits_are_counted_thread_by_thread():
+    out = torch.zeros(64, dtype=torch.int32)
+    run("popc.b32 %r4, %r2;\nst.global.b32 [%rd3], %r4;\n", out)
+    assert out.tolist() == [n.bit_count() for n in range(64)]
+    with pytest.raises(PtxError, match="not known: popc"):
+        run("popc.s32 %r4, %r2;\n", out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -62,6 +62,69 @@ def weighed(scores, highest, total):
 
 
 @triton.jit
+def kept_keys(
+    key_mask_ptr, batch, key_pos, is_key, stride_mask_b, stride_mask_n, KEY_MASK: tl.constexpr
+):
+    """Which of these keys the mask keeps; without one, which there are."""
+    kept = is_key
+    if KEY_MASK:
+        kept = tl.load(
+            key_mask_ptr + batch * stride_mask_b + key_pos.to(tl.int64) * stride_mask_n,
+            mask=is_key,
+            other=0,
+        ).to(tl.int1)
+    return kept
+
+
+@triton.jit
+def block_scores(
+    q, k_ptr, key_mask_ptr, bias_ptr, slope,
+    stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+    stride_mask_b, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    batch, head, kv_head, first_row, first_key,
+    n_queries, n_keys, offset, window, scale, soft_cap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr, KEY_MASK: tl.constexpr, BIAS: tl.constexpr,
+    D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores in nats of the query rows ``q`` on BLOCK_N keys from ``first_key`` on.
+
+    ``batch``, ``head`` and ``kv_head`` are int64.
+    """
+    in_block = tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, BLOCK_N)
+    row = first_row + in_block
+    key_pos = first_key + column
+    is_key = key_pos < n_keys
+    # Positions times strides may pass 2^31; what is left inside a block does not.
+    k_block = k_ptr + batch * stride_k_b + kv_head * stride_k_h
+    k_block += tl.cast(first_key, tl.int64) * stride_k_n
+    k = tl.load(
+        k_block + column[None, :] * stride_k_n + channel[:, None] * stride_k_d,
+        mask=is_key[None, :] & (channel[:, None] < D_HEAD),
+        other=0.0,
+    )  # [BLOCK_D, BLOCK_N]
+    kept = kept_keys(key_mask_ptr, batch, key_pos, is_key, stride_mask_b, stride_mask_n, KEY_MASK)
+    bias = 0.0
+    if BIAS:
+        bias_block = bias_ptr + batch * stride_bias_b + head * stride_bias_h
+        bias_block += first_row.to(tl.int64) * stride_bias_m
+        bias_block += tl.cast(first_key, tl.int64) * stride_bias_n
+        bias = tl.load(
+            bias_block + in_block[:, None] * stride_bias_m + column[None, :] * stride_bias_n,
+            mask=(row[:, None] < n_queries) & is_key[None, :],
+            other=0.0,
+        ).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    return masked_scores(
+        tl.dot(q, k, input_precision="ieee"),
+        (offset + row)[:, None], key_pos[None, :], n_keys, scale, soft_cap, slope, window,
+        kept[None, :], bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+    )  # fmt: skip
+
+
+@triton.jit
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_mask_ptr, slopes_ptr, bias_ptr,
     stride_q_b, stride_q_m, stride_q_h, stride_q_d,
@@ -88,7 +151,6 @@ def attention_fwd_kernel(
     channel = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_N)
     row = first_row + in_block
-    query_pos = offset + row
     is_channel = channel < D_HEAD
 
     # Positions times strides may pass 2^31; what is left inside a block does not.
@@ -115,43 +177,22 @@ def attention_fwd_kernel(
     if CAUSAL:
         high = tl.minimum(n_keys, offset + first_row + BLOCK_M)
     for first_key in range(low, high, BLOCK_N):
-        key_pos = first_key + column
-        is_key = key_pos < n_keys
-        k_block = k_ptr + batch * stride_k_b + kv_head * stride_k_h
-        k_block += tl.cast(first_key, tl.int64) * stride_k_n
-        k = tl.load(
-            k_block + column[None, :] * stride_k_n + channel[:, None] * stride_k_d,
-            mask=is_key[None, :] & is_channel[:, None],
-            other=0.0,
-        )  # [BLOCK_D, BLOCK_N]
-        kept = is_key[None, :]
-        if KEY_MASK:
-            kept = tl.load(
-                key_mask_ptr + batch * stride_mask_b + key_pos.to(tl.int64) * stride_mask_n,
-                mask=is_key,
-                other=0,
-            )[None, :].to(tl.int1)
-        bias = 0.0
-        if BIAS:
-            bias_block = bias_ptr + batch * stride_bias_b + head.to(tl.int64) * stride_bias_h
-            bias_block += first_row.to(tl.int64) * stride_bias_m
-            bias_block += tl.cast(first_key, tl.int64) * stride_bias_n
-            bias = tl.load(
-                bias_block + in_block[:, None] * stride_bias_m + column[None, :] * stride_bias_n,
-                mask=(row[:, None] < n_queries) & is_key[None, :],
-                other=0.0,
-            ).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        scores = masked_scores(
-            tl.dot(q, k, input_precision="ieee"),
-            query_pos[:, None], key_pos[None, :], n_keys, scale, soft_cap, slope, window, kept,
-            bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+        scores = block_scores(
+            q, k_ptr, key_mask_ptr, bias_ptr, slope,
+            stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+            stride_mask_b, stride_mask_n,
+            stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+            batch, head.to(tl.int64), kv_head, first_row, first_key,
+            n_queries, n_keys, offset, window, scale, soft_cap,
+            CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+            D_HEAD, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         weights, shrink, highest, total = weighed(scores, highest, total)
         v_block = v_ptr + batch * stride_v_b + kv_head * stride_v_h
         v_block += tl.cast(first_key, tl.int64) * stride_v_n
         v = tl.load(
             v_block + column[:, None] * stride_v_n + channel[None, :] * stride_v_d,
-            mask=is_key[:, None] & is_channel[None, :],
+            mask=(first_key + column[:, None] < n_keys) & is_channel[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_D]
         mixed = mixed * shrink[:, None]
@@ -198,13 +239,7 @@ def row_scores(
         mask=is_key[:, None] & (channel[None, :] < D_HEAD),
         other=0.0,
     ).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-    kept = is_key
-    if KEY_MASK:
-        kept = tl.load(
-            key_mask_ptr + batch * stride_mask_b + key_pos.to(tl.int64) * stride_mask_n,
-            mask=is_key,
-            other=0,
-        ).to(tl.int1)
+    kept = kept_keys(key_mask_ptr, batch, key_pos, is_key, stride_mask_b, stride_mask_n, KEY_MASK)
     bias = 0.0
     if BIAS:
         bias_row = bias_ptr + batch * stride_bias_b + head * stride_bias_h + row * stride_bias_m
@@ -216,6 +251,27 @@ def row_scores(
         (offset + row).to(tl.int32), key_pos, n_keys, scale, soft_cap, slope, window, kept,
         bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
     )  # fmt: skip
+
+
+@triton.jit
+def at_site(
+    q_ptr, sites_ptr, slopes_ptr, stride_q_b, stride_q_m, stride_q_h, stride_q_d, site,
+    ALIBI: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Example, head and query row of an entry of the table, the row itself, its ALiBi slope."""
+    batch = tl.load(sites_ptr + site * 3)
+    head = tl.load(sites_ptr + site * 3 + 1)
+    row = tl.load(sites_ptr + site * 3 + 2)
+    channel = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        q_ptr + batch * stride_q_b + row * stride_q_m + head * stride_q_h + channel * stride_q_d,
+        mask=channel < D_HEAD,
+        other=0.0,
+    ).to(tl.float32)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head)
+    return batch, head, row, q, slope
 
 
 @triton.jit
@@ -234,18 +290,10 @@ def pattern_rows_kernel(
     """One program: BLOCK_N keys of one (example, head, query row) of the pattern or the scores."""
     site = tl.program_id(0).to(tl.int64)
     first_key = tl.program_id(1) * BLOCK_N
-    batch = tl.load(sites_ptr + site * 3)
-    head = tl.load(sites_ptr + site * 3 + 1)
-    row = tl.load(sites_ptr + site * 3 + 2)
-    channel = tl.arange(0, BLOCK_D)
-    q = tl.load(
-        q_ptr + batch * stride_q_b + row * stride_q_m + head * stride_q_h + channel * stride_q_d,
-        mask=channel < D_HEAD,
-        other=0.0,
-    ).to(tl.float32)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes_ptr + head)
+    batch, head, row, q, slope = at_site(
+        q_ptr, sites_ptr, slopes_ptr, stride_q_b, stride_q_m, stride_q_h, stride_q_d, site,
+        ALIBI, D_HEAD, BLOCK_D,
+    )  # fmt: skip
     out = row_scores(
         q, k_ptr, key_mask_ptr, bias_ptr, slope,
         stride_k_b, stride_k_n, stride_k_h, stride_k_d,
@@ -283,18 +331,10 @@ def row_lse_kernel(
 ):  # fmt: skip
     """One program: the log-sum-exp of the scores of one (example, head, query row)."""
     site = tl.program_id(0).to(tl.int64)
-    batch = tl.load(sites_ptr + site * 3)
-    head = tl.load(sites_ptr + site * 3 + 1)
-    row = tl.load(sites_ptr + site * 3 + 2)
-    channel = tl.arange(0, BLOCK_D)
-    q = tl.load(
-        q_ptr + batch * stride_q_b + row * stride_q_m + head * stride_q_h + channel * stride_q_d,
-        mask=channel < D_HEAD,
-        other=0.0,
-    ).to(tl.float32)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes_ptr + head)
+    batch, head, row, q, slope = at_site(
+        q_ptr, sites_ptr, slopes_ptr, stride_q_b, stride_q_m, stride_q_h, stride_q_d, site,
+        ALIBI, D_HEAD, BLOCK_D,
+    )  # fmt: skip
     # A row of a block of one, for the same arithmetic as the fused kernel's.
     highest = tl.full([1], -float("inf"), tl.float32)
     total = tl.zeros([1], tl.float32)

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from fastlens.kernels.jit.attention import LN_2, LOG2_E, masked_scores, weighed
+from fastlens.kernels.jit.attention import (
+    LN_2,
+    LOG2_E,
+    block_scores,
+    kept_keys,
+    masked_scores,
+    weighed,
+)
 
 
 @triton.jit
@@ -74,34 +81,15 @@ def attention_summary_kernel(
     for first_key in range(low, high, BLOCK_N):
         key_pos = first_key + column
         is_key = key_pos < n_keys
-        k_block = k_ptr + batch * stride_k_b + kv_head * stride_k_h
-        k_block += tl.cast(first_key, tl.int64) * stride_k_n
-        k = tl.load(
-            k_block + column[None, :] * stride_k_n + channel[:, None] * stride_k_d,
-            mask=is_key[None, :] & is_channel[:, None],
-            other=0.0,
-        )  # [BLOCK_D, BLOCK_N]
-        kept = is_key[None, :]
-        if KEY_MASK:
-            kept = tl.load(
-                key_mask_ptr + batch * stride_mask_b + key_pos.to(tl.int64) * stride_mask_n,
-                mask=is_key,
-                other=0,
-            )[None, :].to(tl.int1)
-        bias = 0.0
-        if BIAS:
-            bias_block = bias_ptr + batch * stride_bias_b + head * stride_bias_h
-            bias_block += first_row.to(tl.int64) * stride_bias_m
-            bias_block += tl.cast(first_key, tl.int64) * stride_bias_n
-            bias = tl.load(
-                bias_block + in_block[:, None] * stride_bias_m + column[None, :] * stride_bias_n,
-                mask=is_row[:, None] & is_key[None, :],
-                other=0.0,
-            ).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        scores = masked_scores(
-            tl.dot(q, k, input_precision="ieee"),
-            query_pos[:, None], key_pos[None, :], n_keys, scale, soft_cap, slope, window, kept,
-            bias, CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+        scores = block_scores(
+            q, k_ptr, key_mask_ptr, bias_ptr, slope,
+            stride_k_b, stride_k_n, stride_k_h, stride_k_d,
+            stride_mask_b, stride_mask_n,
+            stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+            batch, head, kv_head, first_row, first_key,
+            n_queries, n_keys, offset, window, scale, soft_cap,
+            CAUSAL, WINDOW, SOFT_CAP, ALIBI, KEY_MASK, BIAS,
+            D_HEAD, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         before = highest
         if HAS_LSE:
@@ -190,11 +178,7 @@ def offset_mass_kernel(
         mask=inside,
         other=0.0,
     ).to(tl.float32)  # [BLOCK_M, BLOCK_D]  # fmt: skip
-    kept = is_key
-    if KEY_MASK:
-        kept = tl.load(
-            key_mask_ptr + batch * stride_mask_b + key_pos * stride_mask_n, mask=is_key, other=0
-        ).to(tl.int1)  # fmt: skip
+    kept = kept_keys(key_mask_ptr, batch, key_pos, is_key, stride_mask_b, stride_mask_n, KEY_MASK)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + head)

@@ -7,7 +7,7 @@ and leaves their state; the second goes on from there over each branch's own key
 import triton
 import triton.language as tl
 
-from fastlens.kernels.jit.attention import LN_2, masked_scores, weighed
+from fastlens.kernels.jit.attention import LN_2, kept_keys, masked_scores, weighed
 
 
 @triton.jit
@@ -88,13 +88,9 @@ def suffix_attention_kernel(
             mask=is_key[None, :] & is_channel[:, None],
             other=0.0,
         )  # [BLOCK_D, BLOCK_N]  # fmt: skip
-        kept = is_key
-        if KEY_MASK:
-            kept = tl.load(
-                key_mask_ptr + branch * stride_mask_b + key_pos.to(tl.int64) * stride_mask_n,
-                mask=is_key,
-                other=0,
-            ).to(tl.int1)
+        kept = kept_keys(
+            key_mask_ptr, branch, key_pos, is_key, stride_mask_b, stride_mask_n, KEY_MASK
+        )  # fmt: skip
         scores = masked_scores(
             tl.dot(q, k, input_precision="ieee"),
             query_pos[:, None], key_pos[None, :], high, scale, soft_cap, slope, window,

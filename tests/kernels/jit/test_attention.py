@@ -190,7 +190,7 @@ MISTAKES = {
     "a sum that fades": ("weights.to(v.dtype), v, mixed", "weights.to(v.dtype), v, 0.99 * mixed"),
     "bare softmax statistics": ("highest + tl.math.log2(divisor) * LN_2)", "highest)"),
     "wrong head of keys": ("(head // group_size).to", "(head % group_size).to"),
-    "the bias of another head": ("head.to(tl.int64) * stride_bias_h", "stride_bias_h"),
+    "the bias of another head": ("+ head * stride_bias_h\n", "+ stride_bias_h\n"),
     "the bias of other keys": ("first_key, tl.int64) * stride_bias_n", "first_key, tl.int64)"),
     "the bias of a row below": ("head * stride_bias_h + row * str", "head * stride_bias_h + str"),
     "each row divided by one sum": ("tl.load(lse_ptr + site)", "tl.load(lse_ptr)"),
@@ -227,20 +227,15 @@ def check_unmasked(right, wrong):
         guarded_attention(n_queries=20, n_keys=33, rule="bidirectional", d_head=16)
 
 
-OF_VALUES = """mask=is_key[:, None] & is_channel[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_D]
-        mixed"""
-
-
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        (OF_VALUES, OF_VALUES.replace("is_key[:, None] & ", "")),
+        ("mask=is_key[None, :] & (channel[:, None] < D_HEAD),", "mask=channel[:, None] < D_HEAD,"),
+        ("mask=(first_key + column[:, None] < n_keys) & is_ch", "mask=is_ch"),
         ("mask=is_row[:, None] & is_channel[None, :],", "mask=is_channel[None, :],"),
         ("lse, mask=is_row)", "lse)"),
     ],
-    ids=["load of values", "store of the output", "store of the log-sum-exp"],
+    ids=["load of keys", "load of values", "store of the output", "store of the log-sum-exp"],
 )
 def test_a_dropped_mask_hits_a_guard_page(right, wrong):
     with pytest.raises(Died):

@@ -124,13 +124,13 @@ def check_unmasked(right, wrong):
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("mask=is_key[None, :] & is_channel[:, None],", "mask=is_channel[:, None],"),
+        ("mask=is_row[:, None] & is_channel[None, :],", "mask=is_channel[None, :],"),
         ("entropy, mask=is_row)", "entropy)"),
         ("mask=is_row[:, None] & (group", "mask=(group"),
         ("mass, mask=is_row)", "mass)"),
         ("& (key_pos < n_keys)\n", "\n"),
     ],
-    ids=["load of keys", "store of entropy", "store of groups", "store of offsets", "a far key"],
+    ids=["load of queries", "store of entropy", "store of groups", "store of offsets", "a far key"],
 )
 def test_a_dropped_mask_hits_a_guard_page(right, wrong):
     with pytest.raises(Died):
