@@ -183,10 +183,12 @@ class HookedTransformerConfig:
             )
         if (self.num_experts is None) != (self.experts_per_token is None):
             raise ConfigError("num_experts and experts_per_token go together: give both or none.")
-        if self.n_devices != 1:
+        if self.n_devices < 1:
+            raise ConfigError(f"n_devices={self.n_devices} must be at least 1.")
+        if self.n_devices > 1 and torch.cuda.device_count() < self.n_devices:
             raise ConfigError(
-                f"n_devices={self.n_devices}, but fastlens keeps a model on one device so far. "
-                f"Leave n_devices=1."
+                f"n_devices={self.n_devices} spreads layers over that many GPUs, and there are "
+                f"{torch.cuda.device_count()}. Leave n_devices=1."
             )
 
     def _check_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:

@@ -45,6 +45,31 @@ def get_device() -> str:
     return "mps" if ALLOW_MPS.is_on() and mps.is_available() and mps.is_built() else "cpu"
 
 
+def device_of(place: int | str | torch.device) -> torch.device:
+    """A device with its number: ``0`` and ``"cuda"`` are ``cuda:0``.
+
+    Raises: what `torch.device` raises for what is none.
+    """
+    if isinstance(place, bool):
+        raise TypeError(f"{place!r} is no device.")
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    return torch.device("cuda", 0) if device == torch.device("cuda") else device
+
+
+def block_device(
+    index: int, n_layers: int, n_devices: int, first: torch.device | str | None
+) -> torch.device:
+    """The device of a layer where layers are spread in equal runs; the CPU is always one.
+
+    Args:
+        first: The first of the devices; the others have the numbers after it.
+    """
+    device = torch.device(first or "cpu")
+    if device.type == "cpu":
+        return device
+    return torch.device(device.type, (device.index or 0) + index * n_devices // n_layers)
+
+
 def warn_if_mps(device: torch.device | str) -> None:
     """Warn, once a process, that results on Apple's GPU may be silently wrong.
 

@@ -74,7 +74,8 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Dataset) ->
         config: Not changed.
         dataset: Items with ``"tokens"``, and ``"attention_mask"`` where that says something.
 
-    Returns: the model, in training mode and on ``config.device``.
+    Returns: the model, in training mode and on ``config.device``; one over several devices stays
+        there.
 
     Raises: ConfigError for a setting out of range, SourceError if ``save_dir`` cannot be
         written, both before the first step; MissingDependencyError if wandb is asked for and not
@@ -92,6 +93,11 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Dataset) ->
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1, or None.")
     refuse_streamed(model, "train", "Load the model without them to train it.")
+    if config.device is not None and getattr(model, "placement", None) is not None:
+        raise ConfigError(
+            f"device={config.device!r} was asked of train, but the model's layers lie on several "
+            f"devices (device_map or n_devices). Leave device=None: it is trained where it lies."
+        )
     folder = _checkpoint_folder(config)
     log = _wandb_log(config) if config.wandb else None
     torch.manual_seed(config.seed)
@@ -103,7 +109,8 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Dataset) ->
         warmup_steps = config.warmup_steps
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, step / warmup_steps))
     loader = DataLoader(dataset, batch_size=config.batch_size, shuffle=True)
-    model.to(get_device() if config.device is None else config.device)
+    if getattr(model, "placement", None) is None:
+        model.to(get_device() if config.device is None else config.device)
     # What an earlier backward left must not become part of the first step.
     optimizer.zero_grad()
     for epoch in tqdm(range(1, config.num_epochs + 1)):

@@ -59,7 +59,8 @@ def test_a_seed_seeds_everything():
         ({"use_local_attn": True}, "window_size and attn_types"),
         ({"use_local_attn": True, "window_size": 4, "attn_types": ["local"]}, "1 entries for 3"),
         ({"num_experts": 2}, "go together"),
-        ({"n_devices": 2}, "on one device"),
+        ({"n_devices": 2}, "there are 0"),
+        ({"n_devices": 0}, "at least 1"),
     ],
 )
 def test_contradictions_are_refused(changes, words):

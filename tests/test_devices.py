@@ -104,3 +104,21 @@ def test_the_number_of_a_device_is_kept(monkeypatch):
     model = Model()
     devices.move_to_and_update_config(model, torch.device("cuda", 1), print_details=False)
     assert model.cfg.device == "cuda:1" and moved == [torch.device("cuda", 1)]
+
+
+def test_a_device_has_its_number():
+    one = torch.device("cuda", 1)
+    for said in (1, "cuda:1", one):
+        assert devices.device_of(said) == one
+    assert devices.device_of("cuda") == torch.device("cuda", 0)
+    assert devices.device_of("cpu") == torch.device("cpu")
+    for wrong, error in ((True, TypeError), ("gpu", RuntimeError)):
+        with pytest.raises(error):
+            devices.device_of(wrong)
+
+
+def test_layers_are_spread_in_equal_runs():
+    found = [devices.block_device(n, 5, 2, "cuda:1").index for n in range(5)]
+    assert found == [1, 1, 1, 2, 2]
+    assert devices.block_device(4, 5, 2, "cpu") == torch.device("cpu")
+    assert devices.block_device(4, 5, 2, None) == torch.device("cpu")

@@ -7,7 +7,8 @@ activations get here in `fastlens.hooks`.
 import functools
 import logging
 from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeAlias, TypeVar
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from fastlens.act_names import get_act_name
 from fastlens.cache.activations import AnySlice, as_slice
+from fastlens.cache.one_device import sums_on_one_device
 from fastlens.cache.run_parts import RunParts
 from fastlens.decompose import FrozenNorm, remainder
 from fastlens.errors import HookNameError, LayerError, ShapeError
 from fastlens.slices import Slice
+from fastlens.store.entries import open_entries
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +73,10 @@ class ActivationCache(RunParts):
       for LayerNorm): a linear map, so the rows still sum to what that layer read.
     * ``return_labels``: also return a name for every row.
 
+    **Several devices.** Each activation lies on its layer's device (or ``run_with_cache``'s
+    ``device``). Methods that mix layers bring what they read to ``model.cfg.device``, unless all
+    of it lies on one device.
+
     Names, order and values are TransformerLens'. Where its sums do not come out, these do: see
     `decompose_resid`, `stack_head_results` and `get_full_resid_decomposition`.
 
@@ -80,7 +87,29 @@ class ActivationCache(RunParts):
         has_batch_dim: Whether activations have a batch axis.
     """
 
+    @classmethod
+    def open(
+        cls, folder: str | Path, model: Any = None, shard: int | None = None
+    ) -> "ActivationCache":
+        """The cache that a run wrote with ``store=``, read from disk when asked.
+
+        Nothing is held: each entry is mapped from its file at the first read, and what is not
+        looked at is not read; ``cache[name][..., 3, :]`` touches those bytes. Files are checked
+        as `fastlens.store.Store` says.
+
+        Args:
+            folder: Written by ``run_with_cache(store=...)``, or by `fastlens.store.capture_text`.
+            model: The model of that run, for methods that read weights; reading needs none.
+            shard: One shard, which is one batch, of a dataset.
+
+        Raises: SourceError if this is no store, and at the read of an entry whose shard is torn or
+            was changed, naming both; ShapeError for a dataset without ``shard``.
+        """
+        entries, key = open_entries(folder, shard)
+        return cls(entries, model, has_batch_dim=bool(key.get("has_batch_dim", True)))
+
     @_says_who_asked
+    @sums_on_one_device
     def accumulated_resid(
         self,
         layer: int | None = None,
@@ -129,6 +158,7 @@ class ActivationCache(RunParts):
         return (stack, labels) if return_labels else stack
 
     @_says_who_asked
+    @sums_on_one_device
     def decompose_resid(
         self,
         layer: int | None = None,
@@ -167,6 +197,7 @@ class ActivationCache(RunParts):
         return (stack, [label for label, _ in rows]) if return_labels else stack
 
     @_says_who_asked
+    @sums_on_one_device
     def apply_ln_to_stack(
         self,
         residual_stack: Float[Tensor, "component *batch_pos d_model"],
@@ -202,10 +233,14 @@ class ActivationCache(RunParts):
             rows = residual_stack
             rows = rows.flatten(0, -3) if rows.ndim > 3 else rows
             rows = rows.unsqueeze(1) if rows.ndim == 2 else rows
-            return self.model.ln_final(rows).reshape(residual_stack.shape)
+            ln_final = self.model.ln_final
+            weight = next(ln_final.parameters(), rows)
+            normed = ln_final(rows.to(weight.device)).to(rows.device)
+            return normed.reshape(residual_stack.shape)
         return self._norm_into(upto, mlp_input, pos, batch).apply(residual_stack)
 
     @_says_who_asked
+    @sums_on_one_device
     def logit_attrs(
         self,
         residual_stack: Float[Tensor, "component *batch_pos d_model"],
@@ -260,6 +295,7 @@ class ActivationCache(RunParts):
                 self.cache_dict[name] = self._heads(i, Slice()).movedim(0, -2)
 
     @_says_who_asked
+    @sums_on_one_device
     def stack_head_results(
         self,
         layer: int | None = -1,
@@ -291,6 +327,7 @@ class ActivationCache(RunParts):
         return (stack, labels) if return_labels else stack
 
     @_says_who_asked
+    @sums_on_one_device
     def stack_activation(
         self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
     ) -> Float[Tensor, "layer ..."]:
@@ -331,6 +368,7 @@ class ActivationCache(RunParts):
         return post.unsqueeze(-1) * written
 
     @_says_who_asked
+    @sums_on_one_device
     def stack_neuron_results(
         self,
         layer: int | None,
@@ -373,6 +411,7 @@ class ActivationCache(RunParts):
         return (stack, labels) if return_labels else stack
 
     @_says_who_asked
+    @sums_on_one_device
     def get_full_resid_decomposition(
         self,
         layer: int | None = None,
@@ -415,7 +454,8 @@ class ActivationCache(RunParts):
             rest = [(f"{i}_mlp_out", self[("mlp_out", i)]) for i in range(upto)]
         rest += self._embeds()
         written = [pos.apply(activation, dim=-2) for _, activation in rest]
-        written.append(self._biases(upto, own_attention, expand_neurons and has_mlps, pos))
+        biases = self._biases(upto, own_attention, expand_neurons and has_mlps, pos)
+        written.append(biases.to((*parts, *written, biases)[0].device))
         labels += [*(label for label, _ in rest), "bias"]
         if read is not None:
             written = [activation @ read.mT for activation in written]

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import (
     ItemsView,
-    Iterable,
     Iterator,
     KeysView,
     Mapping,
@@ -19,8 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlens.act_names import get_act_name
+from fastlens.cache.summary import held, place_of, ranges, summary_of
 from fastlens.errors import HookNameError, LayerError, ShapeError, did_you_mean
-from fastlens.hooks.derived import CacheDict, Derived, Source
+from fastlens.hooks.derived import CacheDict, Derived, Entry, Source
+from fastlens.ops.outlier_rows import Int8OutlierRows
 from fastlens.slices import Slice, SliceInput, whole_numbers
 
 _log = logging.getLogger(__name__)
@@ -160,15 +161,14 @@ class Activations:
     def __repr__(self) -> str:
         layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for name, activation in self._entries():
-            found = re.match(r"blocks\.(\d+)\.", name)
-            place = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
+            place, layer = place_of(name)
             which = layers.setdefault((place, tuple(activation.shape)), [])
-            which.extend([int(found[1])] if found else [])
+            which.extend([] if layer is None else [layer])
         batch = "with" if self.has_batch_dim else "without"
         size = f"{self.nbytes / 2**20:.1f} MiB"
         lines = [f"{type(self).__name__}: {len(self)} activations, {size}, {batch} a batch axis"]
         for (place, shape), which in layers.items():
-            lines.append(f"  {place.replace('{}', _ranges(which))} {list(shape)}")
+            lines.append(f"  {place.replace('{}', ranges(which))} {list(shape)}")
         return "\n".join(lines)
 
     @property
@@ -177,9 +177,19 @@ class Activations:
 
         Entries that are computed when read cost nothing before.
         """
-        held = [tensor for _, entry in self._entries() for tensor in _held(entry)]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
-        return sum(storage.nbytes() for storage in storages.values())
+        tensors = [tensor for _, entry in self._entries() for tensor in held(entry)]
+        storages = {(t.device, t.untyped_storage().data_ptr()): t for t in tensors}
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    def summary(self) -> str:
+        """A table of what is here and what memory it holds, a line per place.
+
+        Columns: the place and its layers; how many entries; shape of one; dtype it reads as; bytes
+        held, where what places share counts at the first of them; and how: *stored*, *computed
+        when read*, *packed* (int8), *on disk* (nothing is held), *shared* (the memory counts at
+        another place). The last line is `nbytes`.
+        """
+        return summary_of(self._entries(), self.nbytes)
 
     def pattern_rows(
         self,
@@ -212,7 +222,7 @@ class Activations:
             whole = whole[..., heads, :, :]
         return whole if query_pos is None else whole[..., query_pos, :]
 
-    def _entries(self) -> list[tuple[str, Source]]:
+    def _entries(self) -> list[tuple[str, Entry]]:
         """What stands in the cache, computed or not."""
         found = self.cache_dict
         return list(found.entries() if isinstance(found, CacheDict) else found.items())
@@ -222,7 +232,7 @@ class Activations:
 
         Methods that read weights then copy those to the activations' device at each call.
         """
-        moved: dict[Any, Source] = {}
+        moved: dict[Any, Entry] = {}
         kept = CacheDict()
         for name, entry in self._entries():
             kept.put(name, _moved(entry, torch.device(device), moved))
@@ -275,7 +285,7 @@ class Activations:
             if not -batch <= index < batch:
                 raise ShapeError(f"example {index} of a batch of {batch}: counted from 0.")
             choice = Slice((index % batch, index % batch + 1))
-        memo: dict[Any, Source] = {}
+        memo: dict[Any, Entry] = {}
         chosen = CacheDict()
         for name, entry in self._entries():
             some = _some_of_batch(entry, batch, choice, memo)
@@ -289,36 +299,35 @@ class Activations:
         return sizes.most_common(1)[0][0] if sizes else 1
 
 
-def _first(entry: Source) -> Source:
+def _first(entry: Entry) -> Entry:
     """The first and only example, without the batch axis."""
     if isinstance(entry, Derived):
         return entry.then(lambda activation: activation[0], entry.shape[1:])
+    if isinstance(entry, Int8OutlierRows):
+        # A row is packed as a whole.
+        return entry.read()[0] if entry.ndim == 1 else entry.on(lambda tensor: tensor[0])
     return entry[0]
 
 
-def _held(entry: Source) -> Iterable[Tensor]:
-    return entry.held() if isinstance(entry, Derived) else [entry]
-
-
-def _key(entry: Source) -> Any:
+def _key(entry: Entry) -> Any:
     """The same for tensors that are one in memory: two names may hold the same activation."""
-    if isinstance(entry, Derived):
+    if isinstance(entry, Derived | Int8OutlierRows):
         return id(entry)
     return entry.device, entry.data_ptr(), entry.dtype, entry.shape, entry.stride()
 
 
-def _moved(entry: Source, device: torch.device, moved: dict[Any, Source]) -> Source:
+def _moved(entry: Entry, device: torch.device, moved: dict[Any, Entry]) -> Entry:
     """On that device; what entries share is copied once."""
     key = _key(entry)
     if key not in moved:
         if isinstance(entry, Derived):
-            moved[key] = entry.on(lambda source: _moved(source, device, moved))
+            moved[key] = entry.on(lambda source: cast(Source, _moved(source, device, moved)))
         else:
             moved[key] = entry.to(device)
     return moved[key]
 
 
-def _some_of_batch(entry: Source, batch: int, choice: Slice, chosen: dict[Any, Source]) -> Source:
+def _some_of_batch(entry: Entry, batch: int, choice: Slice, chosen: dict[Any, Entry]) -> Entry:
     """Some examples; an entry whose first axis is not the batch stays whole.
 
     What is computed from captured tensors is computed from those of the chosen examples.
@@ -330,7 +339,12 @@ def _some_of_batch(entry: Source, batch: int, choice: Slice, chosen: dict[Any, S
         return chosen[key]
     if isinstance(entry, Derived):
         shape = (len(choice.indices(batch)), *entry.shape[1:])
-        found: Source = entry.on(lambda s: _some_of_batch(s, batch, choice, chosen), shape)
+        found: Entry = entry.on(
+            lambda source: cast(Source, _some_of_batch(source, batch, choice, chosen)), shape
+        )
+    elif isinstance(entry, Int8OutlierRows):
+        # A row is packed as a whole.
+        found = choice.apply(entry.read()) if entry.ndim == 1 else entry.on(choice.apply)
     else:
         found = choice.apply(entry)
     chosen[key] = found
@@ -340,14 +354,3 @@ def _some_of_batch(entry: Source, batch: int, choice: Slice, chosen: dict[Any, S
 def as_slice(choice: AnySlice) -> Slice:
     """The choice as a `Slice`; unlike `Slice.unwrap`, an int drops its axis."""
     return choice if isinstance(choice, Slice) else Slice(choice)
-
-
-def _ranges(layers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2,5``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

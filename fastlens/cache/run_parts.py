@@ -90,12 +90,11 @@ class RunParts(Activations):
         if not getattr(self.model.cfg, "use_normalization_before_and_after", False):
             return FrozenNorm()
         module = getattr(self.model.blocks[layer], norm)
-        return FrozenNorm(
-            self._scale(f"blocks.{layer}.{norm}.hook_scale", pos),
-            centred=not self.model.cfg.normalization_type.startswith("RMS"),
-            gain=getattr(module, "w", None),
-            bias=getattr(module, "b", None),
-        )
+        scale = self._scale(f"blocks.{layer}.{norm}.hook_scale", pos)
+        leaves = (getattr(module, name, None) for name in ("w", "b"))
+        gain, bias = (None if leaf is None else leaf.to(scale.device) for leaf in leaves)
+        centred = not self.model.cfg.normalization_type.startswith("RMS")
+        return FrozenNorm(scale, centred=centred, gain=gain, bias=bias)
 
     def _scale(self, name: str, pos: Slice) -> Tensor:
         scale = self[name]
@@ -164,7 +163,7 @@ class RunParts(Activations):
         sublayers += [(i, "ln2_post", self.model.blocks[i].mlp.b_out) for i in range(mlps)]
         for i, name, bias in sublayers:
             norm = self._post_norm(i, name, pos)
-            through = norm.apply(bias)
+            through = norm.apply(bias if norm.scale is None else bias.to(norm.scale.device))
             through = through if norm.bias is None else through + norm.bias
             total = through if total is None else total + through
         return self.model.accumulated_bias(0) if total is None else total

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlens.cli import demo, doctor, heads, models, sweep
+from fastlens.cli import capture, demo, doctor, heads, models, sweep
 from fastlens.errors import FastlensError
 
 USER_ERROR = 2
 INTERRUPTED = 130
-COMMANDS = (sweep.sweep, heads.heads, models.models, doctor.doctor, demo.demo)
+COMMANDS = (sweep.sweep, heads.heads, capture.capture, models.models, doctor.doctor, demo.demo)
 
 app = typer.Typer(
     name="fastlens",

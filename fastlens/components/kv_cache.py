@@ -39,7 +39,13 @@ class TransformerLensKeyValueCacheEntry:
         new_keys: Float[Tensor, "batch new_pos kv_head d_head"],
         new_values: Float[Tensor, "batch new_pos kv_head d_head"],
     ) -> tuple[Tensor, Tensor]:
-        """All keys and values, past and new; they are kept unless the entry is frozen."""
+        """All keys and values, past and new; they are kept unless the entry is frozen.
+
+        Past ones move to the device of the new ones, which is their layer's, and stay there.
+        """
+        if self.past_keys.device != new_keys.device:
+            self.past_keys = self.past_keys.to(new_keys.device)
+            self.past_values = self.past_values.to(new_keys.device)
         keys = torch.cat([self.past_keys, new_keys], 1)
         values = torch.cat([self.past_values, new_values], 1)
         if not self.frozen:

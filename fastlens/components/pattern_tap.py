@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from fastlens.components.attended import Attended
-from fastlens.hooks.capture import CaptureSpec, capture, check_heads, without_batch
-from fastlens.hooks.derived import CacheDict, Derived, Rows
+from fastlens.hooks.capture import (
+    CaptureSpec,
+    capture,
+    cast_to,
+    check_heads,
+    fill,
+    keep,
+    owned,
+    without_batch,
+)
+from fastlens.hooks.derived import CacheDict, Derived, Rows, Stored
 from fastlens.hooks.point import HookPoint
 from fastlens.ops.attention_pattern import attention_pattern
 
@@ -24,6 +33,7 @@ class PatternTap:
         points: ``hook_attn_scores``, ``hook_pattern`` or both, by hook name, in that order.
         sources: Hook names under which queries and keys, as attention reads them, are captured
             anyway; None where no hook point sees them.
+        lazy: Entries may be computed when they are read.
     """
 
     def __init__(
@@ -32,15 +42,17 @@ class PatternTap:
         points: dict[str, HookPoint],
         spec: CaptureSpec,
         sources: tuple[str, str] | None,
+        lazy: bool = True,
     ):
         self.cache = cache
         self.points = points
         self.spec = spec
         self.sources = sources
+        self.lazy = lazy
 
     def fused(self, attended: Attended) -> None:
         """Entries from queries and keys."""
-        cache = self.cache if isinstance(self.cache, CacheDict) else None
+        cache = self.cache if self.lazy and isinstance(self.cache, CacheDict) else None
         # Writes to inference tensors go unnoticed.
         lazy = self.spec.keeps_all and not attended.q.is_inference()
         for name, point in self.points.items():
@@ -48,19 +60,13 @@ class PatternTap:
                 cache.repeated = cache.repeated or name in cache
                 self._put_derived(cache, name, point, attended)
             else:
-                self._put(name, self._computed(name, point, attended))
+                fill(self.cache, name, self._computed(name, point, attended))
 
     def materialised(self, scores: Tensor, pattern: Tensor) -> None:
         """Entries from what attention made itself."""
         for name, point in self.points.items():
             made = scores if name.endswith("hook_attn_scores") else pattern
-            self._put(name, capture(made, point, self.spec))
-
-    def _put(self, name: str, activation: Tensor) -> None:
-        if isinstance(self.cache, CacheDict):
-            self.cache.capture(name, activation)
-        else:
-            self.cache[name] = activation
+            fill(self.cache, name, capture(made, point, self.spec))
 
     def _pays(self, cache: CacheDict, attended: Attended) -> bool:
         """Whether queries and keys take less memory than the entries they stand for."""
@@ -70,8 +76,9 @@ class PatternTap:
         batch, n_queries, n_heads = q.shape[:3]
         entry = batch * n_heads * n_queries * k.shape[1]
         bias = attended.bias
-        added = 0 if bias is None else bias.untyped_storage().nbytes() // bias.element_size()
-        return q.numel() + k.numel() + added < entry * len(self.points)
+        added = 0 if bias is None else bias.untyped_storage().nbytes()
+        kept = q.dtype if self.spec.dtype is None else self.spec.dtype
+        return q.nbytes + k.nbytes + added < entry * len(self.points) * kept.itemsize
 
     def _captured(self, cache: CacheDict, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
         """Queries and keys as the cache holds them, with a batch axis; None if it does not."""
@@ -87,7 +94,9 @@ class PatternTap:
             return None
         # Moved elsewhere, they are copies of what passed; here they must be what attention read.
         same = (q_kept.data_ptr(), k_kept.data_ptr()) == (q.data_ptr(), k.data_ptr())
-        return (q_kept, k_kept) if same or q_kept.device != q.device else None
+        # But not if they were rounded.
+        moved = q_kept.device != q.device and self.spec.dtype is None
+        return (q_kept, k_kept) if same or moved else None
 
     def _put_derived(
         self, cache: CacheDict, name: str, point: HookPoint, attended: Attended
@@ -95,6 +104,11 @@ class PatternTap:
         q, k = self._captured(cache, attended.q, attended.k) or (attended.q, attended.k)
         device = q.device if self.spec.device is None else torch.device(self.spec.device)
         q, k = q.to(device), k.to(device)
+        dtype = q.dtype
+        if self.spec.dtype is not None:
+            # Packing would only lose: nothing is stored.
+            dtype = q.dtype if self.spec.dtype == torch.int8 else self.spec.dtype
+            q, k = (kept for kept in map(owned, (q, k)) if isinstance(kept, Tensor))
         rule, offset = attended.rule, attended.offset
         bias, key_mask = attended.bias, attended.key_mask
         named = self.sources or (f"{name} (queries)", f"{name} (keys)")
@@ -119,7 +133,7 @@ class PatternTap:
                 bias=None if bias is None else sources[2],
                 scores=name.endswith("hook_attn_scores"),
             )
-            return without_batch(found, point, self.spec)
+            return cast_to(without_batch(found, point, self.spec), dtype)
 
         def whole(*sources: Tensor) -> Tensor:
             return values(sources)
@@ -130,9 +144,9 @@ class PatternTap:
 
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         shape = shape[1:] if self.spec.remove_batch_dim else shape
-        cache.put(name, Derived(name, whole, sources, shape, q.dtype, part))
+        cache.put(name, Derived(name, whole, sources, shape, dtype, part))
 
-    def _computed(self, name: str, point: HookPoint, attended: Attended) -> Tensor:
+    def _computed(self, name: str, point: HookPoint, attended: Attended) -> Stored:
         spec, q = self.spec, attended.q
         heads = spec.heads_at(point)
         if heads is not None:
@@ -155,5 +169,4 @@ class PatternTap:
             )
         if spec.pos_slice.mode == "int":
             found = found.squeeze(2)
-        found = without_batch(found, point, spec)
-        return found if spec.device is None else found.to(spec.device)
+        return keep(without_batch(found, point, spec), spec)

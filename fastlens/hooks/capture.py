@@ -1,6 +1,7 @@
 """What happens to an activation on its way into a cache: detach, slice, copy, move."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,15 +10,45 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastlens.errors import LayerError, ShapeError
-from fastlens.hooks.derived import CacheDict, Derived
+from fastlens.errors import ConfigError, LayerError, ShapeError, did_you_mean
+from fastlens.hooks.derived import CacheDict, Derived, Source, Stored
 from fastlens.hooks.of_heads import head_axis
 from fastlens.hooks.point import HookFunction, HookPoint
 from fastlens.ops.capture import capture as gather
+from fastlens.ops.outlier_rows import Int8OutlierRows, capture_int8_outliers, packed_bytes
 from fastlens.slices import Slice, whole_numbers
 
 # Query heads to keep: the same in all layers, or for each layer that is named.
 Heads: TypeAlias = Sequence[int] | Mapping[int, Sequence[int]] | None
+# What activations can be kept as, by name.
+KEPT_AS = {
+    "float64": torch.float64, "fp64": torch.float64, "double": torch.float64,
+    "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
+    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "int8": torch.int8,
+}  # fmt: skip
+
+
+class _Last:
+    """The activation that was captured last, and what was kept of it.
+
+    Where no hook edits it, one activation passes two places in turn, and is kept once.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, int, Any] = (None, -1, None)
+        self._kept: Stored | None = None
+
+    def kept(self, activation: Tensor, how: Any) -> Stored | None:
+        """What was kept of it, if this is the one, unchanged, and to be kept the same way."""
+        seen, version, as_what = self._seen
+        same = seen is not None and seen() is activation and as_what == how
+        return self._kept if same and version == activation._version else None
+
+    def remember(self, activation: Tensor, how: Any, kept: Stored) -> None:
+        """Called with what is kept of an activation."""
+        self._seen, self._kept = (weakref.ref(activation), activation._version, how), kept
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,8 @@ class CaptureSpec:
         remove_batch_dim: Drop the batch axis.
         heads: Which query heads.
         group_size: Query heads that read one KV head.
+        dtype: Of floats; int8 is `Int8OutlierRows`. None keeps each activation's own.
+        last: What was captured last.
     """
 
     pos_slice: Slice
@@ -37,6 +70,8 @@ class CaptureSpec:
     remove_batch_dim: bool = False
     heads: Heads = None
     group_size: int = 1
+    dtype: torch.dtype | None = None
+    last: _Last = field(default_factory=_Last, compare=False, repr=False)
 
     def heads_at(self, point: HookPoint) -> list[int] | None:
         """The entries of that place's head axis to keep; None for all."""
@@ -49,6 +84,10 @@ class CaptureSpec:
         if "kv_head" in names:
             return sorted({head // self.group_size for head in chosen})
         return list(chosen) if "head" in names or not names else None
+
+    def new_cache(self) -> dict[str, Tensor]:
+        """A dict that can hold what is kept; a plain one if that will do."""
+        return CacheDict() if self.dtype == torch.int8 else {}
 
     @property
     def keeps_all(self) -> bool:
@@ -84,12 +123,75 @@ class CapturePlan:
                 layer.tap = tap
 
 
-def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Tensor:
-    """The tensor a cache keeps: sliced first, moved last, so nothing larger is copied or held.
+def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Stored:
+    """What a cache keeps: sliced, then cast or packed, then moved, so nothing larger is copied.
+
+    With a ``dtype`` nothing larger is held either; without one, what is not sliced shares memory
+    with the run.
 
     Raises: ShapeError if the batch axis is to go and the batch is not one, or for heads that are
         not there.
     """
+    # An inference tensor does not count its edits.
+    once = spec.dtype is not None and not activation.is_inference()
+    how = (point.axes, None if spec.heads is None else spec.heads_at(point)) if once else None
+    if once and (known := spec.last.kept(activation, how)) is not None:
+        return known
+    kept = keep(_chosen(activation, point, spec), spec)
+    if once:
+        spec.last.remember(activation, how, kept)
+    return kept
+
+
+def keep(chosen: Tensor, spec: CaptureSpec) -> Stored:
+    """A chosen part of an activation as the cache is to hold it: cast or packed, and moved."""
+    kept: Stored = chosen
+    if spec.dtype is not None:
+        kept = owned(packed(chosen) if spec.dtype == torch.int8 else cast_to(chosen, spec.dtype))
+    return kept if spec.device is None else kept.to(spec.device)
+
+
+def cast_to(chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floats in that dtype; whole numbers and truth values stay as they are."""
+    return chosen.to(dtype) if chosen.is_floating_point() else chosen
+
+
+def packed(chosen: Tensor) -> Stored:
+    """In 8 bits a number, where that is smaller; else as it is."""
+    if not chosen.is_floating_point() or chosen.ndim == 0 or chosen.numel() == 0:
+        return chosen
+    if packed_bytes(chosen.shape, chosen.dtype) >= chosen.nbytes:
+        return chosen
+    return capture_int8_outliers(chosen)
+
+
+def owned(kept: Stored) -> Stored:
+    """The same in memory of its own: a view must not keep a larger tensor alive."""
+    if isinstance(kept, Int8OutlierRows) or kept.untyped_storage().nbytes() <= kept.nbytes:
+        return kept
+    return kept.clone(memory_format=torch.contiguous_format)
+
+
+def kept_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """What ``dtype=`` of a capture means.
+
+    Raises: ConfigError for what activations cannot be kept as.
+    """
+    found = dtype
+    if isinstance(dtype, str):
+        found = KEPT_AS.get(dtype.removeprefix("torch."))
+    if found is not None and found not in KEPT_AS.values():
+        found = None
+    if dtype is not None and found is None:
+        near = did_you_mean(dtype, KEPT_AS) if isinstance(dtype, str) else ""
+        raise ConfigError(
+            f"activations cannot be kept as dtype={dtype!r}.{near} Give one of "
+            f"{', '.join(KEPT_AS)}, or None for each one's own."
+        )
+    return found  # type: ignore[return-value]
+
+
+def _chosen(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Tensor:
     kept = activation.detach()
     choices: dict[int, Slice] = {}
     heads = None if spec.heads is None else spec.heads_at(point)
@@ -106,14 +208,14 @@ def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Tensor:
             choices[pos] = spec.pos_slice
     if choices:
         # A cache must not keep the whole activation alive behind a view.
-        kept = _sliced(kept, choices)
-    kept = without_batch(kept, point, spec)
-    return kept if spec.device is None else kept.to(spec.device)
+        kept = _sliced(kept, choices, spec.dtype)
+    return without_batch(kept, point, spec)
 
 
-def _sliced(kept: Tensor, choices: Mapping[int, Slice]) -> Tensor:
+def _sliced(kept: Tensor, choices: Mapping[int, Slice], dtype: torch.dtype | None) -> Tensor:
     if kept.is_floating_point():
-        return gather(kept, [choices.get(axis, Slice()) for axis in range(max(choices) + 1)])
+        where = [choices.get(axis, Slice()) for axis in range(max(choices) + 1)]
+        return gather(kept, where, None if dtype == torch.int8 else dtype)
     for axis in sorted(choices, reverse=True):  # an int drops its axis
         kept = choices[axis].apply(kept, dim=axis)
     return kept.clone()
@@ -169,11 +271,15 @@ def capture_hook(cache: dict[str, Tensor], key: str, spec: CaptureSpec) -> Calla
 def _save(
     cache: dict[str, Tensor], key: str, spec: CaptureSpec, activation: Tensor, hook: HookPoint
 ) -> None:
-    kept = capture(activation, hook, spec)
+    fill(cache, key, capture(activation, hook, spec))
+
+
+def fill(cache: dict[str, Tensor], key: str, kept: Stored) -> None:
+    """Put what was captured into a cache of either kind."""
     if isinstance(cache, CacheDict):
         cache.capture(key, kept)
     else:
-        cache[key] = kept
+        cache[key] = kept.read() if isinstance(kept, Int8OutlierRows) else kept
 
 
 def derive_hook(
@@ -200,10 +306,14 @@ def _derive(
     hook: HookPoint,
 ) -> None:
     cache.repeated = cache.repeated or key in cache
-    found = {name: cache.entry(name) for name in sources if name in cache}
+    found: dict[str, Source] = {}
+    for name in sources:
+        entry = cache.entry(name) if name in cache else None
+        if isinstance(entry, Tensor | Derived):
+            found[name] = entry
     # Writes to an inference tensor go unnoticed.
     if len(found) < len(sources) or cache.repeated or activation.is_inference():
-        cache[key] = capture(activation, hook, spec)
+        cache.capture(key, capture(activation, hook, spec))
         return
     like = without_batch(activation.detach(), hook, spec)
     cache.put(key, Derived(key, formula, found, like.shape, like.dtype))

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from fastlens.errors import EditedError
+from fastlens.ops.outlier_rows import Int8OutlierRows
 
+# What an entry is computed from, what is stored at a place, and what may stand in a cache.
 Source: TypeAlias = "Tensor | Derived"
+Stored: TypeAlias = Tensor | Int8OutlierRows
+Entry: TypeAlias = "Tensor | Derived | Int8OutlierRows"
 Rows: TypeAlias = Sequence[int] | Tensor | None
 # Some heads and query rows of an entry: formula(*sources, heads, rows).
 PartFormula: TypeAlias = Callable[..., Tensor]
@@ -29,6 +33,8 @@ class Derived:
         shape, dtype: Of the value.
         part: ``part(*sources, heads, rows)`` gives some heads and query rows alone.
     """
+
+    how = "computed when read"
 
     def __init__(
         self,
@@ -145,41 +151,62 @@ def _as_it_is(value: Tensor) -> Tensor:
 
 
 class CacheDict(dict[str, Tensor]):
-    """A dict of activations in which some are computed at the first read.
+    """A dict of activations in which some are computed, and some unpacked, when they are read.
 
     Whatever reads a value (``d[name]``, ``get``, ``values``, ``items``, ``dict(d)``, pickling) gets
-    a tensor. `entry` and `entries` show what is there without computing.
+    a tensor. `entry` and `entries` show what is there without computing. What was computed once
+    stays; packed entries are unpacked at every read, into a new tensor.
+
+    A subclass may put elsewhere what a run captures (``run_with_cache(into=...)``): it overrides
+    `capture`, through which every activation comes, and how entries are read back.
 
     Attributes:
         repeated: A place was captured a second time, as when a hook runs the model: what stands
             under a name may be of another forward.
+        takes_derived: Entries that are computed from others when they are read may be `put` here.
+            Where this is False a run stores every activation through `capture`, and never calls
+            `put` or `entry`.
     """
 
     repeated = False
+    takes_derived = True
 
-    def capture(self, name: str, activation: Tensor) -> None:
-        """Put what passed a place there."""
+    def capture(self, name: str, value: Stored) -> None:
+        """Put what passed a place there. Called once per place and run, in the run's order.
+
+        Args:
+            name: The hook name; of a gradient with ``_grad`` at the end; of one call of several
+                (`HookedModule`) with its number.
+            value: Final: sliced, cast or packed, without the batch axis if that goes, and on the
+                run's ``device=``. A tensor that nothing will write to before this returns; where
+                no ``dtype=`` was asked for it may share memory with the run, so a subclass that
+                works on it later copies it. The same object comes again under another name where
+                one activation passes two places (``resid_post`` of a layer is ``resid_pre`` of
+                the next).
+
+        What this raises ends the run and reaches the caller.
+        """
         self.repeated = self.repeated or name in self
-        self[name] = activation
+        self.put(name, value)
 
-    def entry(self, name: str) -> Source:
-        """What stands there: a tensor, or the `Derived` that will give it."""
+    def entry(self, name: str) -> Entry:
+        """What stands there: a tensor, a packed one, or the `Derived` that will give it."""
         return super().__getitem__(name)
 
-    def entries(self) -> Iterator[tuple[str, Source]]:
+    def entries(self) -> Iterator[tuple[str, Entry]]:
         """Pairs of name and `entry`."""
         return iter(super().items())
 
-    def put(self, name: str, entry: Source) -> None:
-        """Put a tensor or a `Derived` there."""
+    def put(self, name: str, entry: Entry) -> None:
+        """Put a tensor, a packed one or a `Derived` there."""
         super().__setitem__(name, entry)  # type: ignore[assignment]
 
     def __getitem__(self, name: str) -> Tensor:
-        found: Source = super().__getitem__(name)
+        found: Entry = super().__getitem__(name)
         if isinstance(found, Derived):
             found = found.read()
             super().__setitem__(name, found)
-        return found
+        return found.read() if isinstance(found, Int8OutlierRows) else found
 
     # With an __iter__ of its own a dict is copied by reading its values one by one.
     def __iter__(self) -> Iterator[str]:
@@ -242,4 +269,7 @@ class CacheDict(dict[str, Tensor]):
 
     def _computed(self) -> Iterator[tuple[str, Tensor]]:
         for name, entry in self.entries():
-            yield name, entry.compute() if isinstance(entry, Derived) else entry
+            if isinstance(entry, Derived):
+                yield name, entry.compute()
+            else:
+                yield name, entry.read() if isinstance(entry, Int8OutlierRows) else entry

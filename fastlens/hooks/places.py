@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fastlens.errors import HookNameError, ShapeError
+from fastlens.hooks.capture import cast_to, fill, packed
+from fastlens.hooks.derived import CacheDict, Stored
 from fastlens.hooks.point import HookFunction, HookPoint
 
 ENDS = ("hook_in", "hook_out")
@@ -417,12 +419,19 @@ def replace(activation: Tensor, hook: Place, value: Tensor) -> Tensor:
 class Capture:
     """A hook that keeps copies of what passes, and of their gradients, by place and call."""
 
-    def __init__(self, cache: dict[str, Tensor], device: Any, incl_bwd: bool):
+    def __init__(
+        self,
+        cache: dict[str, Tensor],
+        device: Any,
+        incl_bwd: bool,
+        dtype: torch.dtype | None = None,
+    ):
         self.cache = cache
+        self.dtype = dtype
         self.device = device
         self.incl_bwd = incl_bwd
         self.calls: dict[str, int] = {}
-        self.copies: dict[int, tuple[Any, int, Tensor]] = {}
+        self.copies: dict[int, tuple[Any, int, Stored]] = {}
 
     def __call__(self, activation: Tensor, hook: Place) -> Tensor | None:
         plain = hook.name or ""
@@ -431,9 +440,9 @@ class Capture:
                 for call in range(self.calls.get(plain, 0)):
                     self.cache.pop(hook.numbered(call), None)
             elif plain in self.cache:
-                self.cache[hook.numbered(0)] = self.cache.pop(plain)
+                self._rename(plain, hook.numbered(0))
             self.calls[plain] = hook.call + 1
-        self.cache[self._name(hook, hook.call)] = self._copy(activation)
+        fill(self.cache, self._name(hook, hook.call), self._copy(activation))
         if not (self.incl_bwd and activation.requires_grad and torch.is_grad_enabled()):
             return None
         # What is used from here on, apart from other uses of the same tensor.
@@ -445,15 +454,29 @@ class Capture:
         is_one_of_several = hook.only is None and self.calls[hook.name or ""] > 1
         return hook.numbered(call) if is_one_of_several else hook.name or ""
 
-    def _keep_gradient(self, hook: Place, call: int, gradient: Tensor) -> None:
-        self.cache[f"{self._name(hook, call)}_grad"] = self._copy(gradient)
+    def _rename(self, old: str, new: str) -> None:
+        kept: Any = self.cache.entry(old) if isinstance(self.cache, CacheDict) else self.cache[old]
+        del self.cache[old]
+        fill(self.cache, new, kept)
 
-    def _copy(self, value: Tensor) -> Tensor:
+    def _keep_gradient(self, hook: Place, call: int, gradient: Tensor) -> None:
+        fill(self.cache, f"{self._name(hook, call)}_grad", self._copy(gradient))
+
+    def _copy(self, value: Tensor) -> Stored:
         if value.is_inference():  # no count of its edits
-            return value.detach().to(self.device or value.device, copy=True)
+            return self._copied(value.detach())
         source, version, kept = self.copies.get(id(value), (None, -1, value))
         if source is not None and source() is value and version == value._version:
             return kept
-        kept = value.detach().to(self.device or value.device, copy=True)
+        kept = self._copied(value.detach())
         self.copies[id(value)] = weakref.ref(value), value._version, kept
         return kept
+
+    def _copied(self, value: Tensor) -> Stored:
+        device = self.device or value.device
+        if self.dtype == torch.int8:
+            small = packed(value)
+            if not isinstance(small, Tensor):
+                return small.to(device)
+        made = value if self.dtype is None else cast_to(value, self.dtype)
+        return made.to(device, copy=made is value)

@@ -12,7 +12,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastlens.errors import HookNameError, did_you_mean
-from fastlens.hooks.capture import CapturePlan, CaptureSpec, Heads, capture_hook, chosen_heads
+from fastlens.hooks.capture import (
+    CapturePlan,
+    CaptureSpec,
+    Heads,
+    capture_hook,
+    chosen_heads,
+    kept_dtype,
+)
+from fastlens.hooks.derived import CacheDict
 from fastlens.hooks.point import HookFunction, HookPoint, LensHandle
 from fastlens.slices import Slice, SliceInput
 
@@ -248,6 +256,8 @@ class HookedRootModule(nn.Module):
         pos_slice: Slice | SliceInput = None,
         heads: Heads = None,
         lazy: bool = True,
+        dtype: torch.dtype | str | None = None,
+        into: CacheDict | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """One forward, and the activations that passed the hook points.
@@ -270,23 +280,39 @@ class HookedRootModule(nn.Module):
             lazy: Let entries that follow exactly from captured ones be computed when first read
                 (a `HookedTransformer`'s patterns, scores, norms, activations of neurons). Editing
                 a captured tensor in place before that is an error then. False stores everything.
+            dtype: What floats are kept as, gradients too: a float dtype or its name (``"bf16"``,
+                ``"float16"``), or ``"int8"``: 8 bits a number with the largest channels of each
+                row exact (`Int8OutlierRows` states the error), and read again in the activation's
+                own dtype; what would not get smaller stays as it is. Each entry is the activation
+                rounded once: none is computed from rounded others, so norms, neurons and
+                ``resid_mid`` are stored too, and patterns come from queries and keys as they were.
+                Whole numbers stay as they are. Entries are copies that keep nothing larger alive.
+            into: A `CacheDict` to fill instead of a new one; see `CacheDict.capture`.
 
         Returns: the output, and a dict of name -> activation (detached; unsliced entries share
-            memory with the run, as in TransformerLens).
+            memory with the run, as in TransformerLens, unless there is a ``dtype``).
         """
         spec = CaptureSpec(
-            Slice.unwrap(pos_slice), device, remove_batch_dim, chosen_heads(heads, self)
+            Slice.unwrap(pos_slice),
+            device,
+            remove_batch_dim,
+            chosen_heads(heads, self),
+            dtype=kept_dtype(dtype),
         )
+        # A subclass may define capture_plan without it.
+        where = {} if into is None else {"into": into}
         self.is_caching = True
         wanted = () if names_filter is None or callable(names_filter) else names_filter
         named = [wanted] if isinstance(wanted, str) else list(wanted)
         # What follows from what depends on the flags that the run will have.
         restore = self._switch_on([name for name in named if name in self.hook_dict])
         try:
-            plan = self.capture_plan(names_filter, spec, incl_bwd, lazy, stays=not reset_hooks_end)
+            plan = self.capture_plan(
+                names_filter, spec, incl_bwd, lazy, stays=not reset_hooks_end, **where
+            )
             with self.hooks(plan.fwd, plan.bwd, reset_hooks_end, clear_contexts), plan.tapping():
                 with uncompiled():
-                    output = self(*model_args, **model_kwargs)
+                    output = self._run_captured(*model_args, **model_kwargs)
                 if incl_bwd:
                     output.backward()
         except BaseException:
@@ -296,6 +322,10 @@ class HookedRootModule(nn.Module):
             restore()
         return output, plan.cache
 
+    def _run_captured(self, *model_args: Any, **model_kwargs: Any) -> Any:
+        """The forward of `run_with_cache`; all hooks are on. A subclass knows when it may stop."""
+        return self(*model_args, **model_kwargs)
+
     def capture_plan(
         self,
         names_filter: NamesFilter,
@@ -303,23 +333,26 @@ class HookedRootModule(nn.Module):
         incl_bwd: bool = False,
         lazy: bool = False,
         stays: bool = False,
+        into: CacheDict | None = None,
     ) -> CapturePlan:
         """How `run_with_cache` captures; a subclass knows what need not be stored.
 
         Args:
             stays: The hooks stay on, so they alone must fill the cache at every later forward.
+            into: What to fill; None makes a dict.
         """
-        if spec.heads is None:
+        if spec.heads is None and spec.dtype is None:
             cache, fwd, bwd = self.get_caching_hooks(
                 names_filter,
                 incl_bwd,
                 spec.device,
                 remove_batch_dim=spec.remove_batch_dim,
                 pos_slice=spec.pos_slice,
+                cache=into,
             )
             return CapturePlan(cache, fwd, bwd)
         names = self._names_matching(names_filter)
-        cache = {}
+        cache = spec.new_cache() if into is None else into
         fwd = [(name, capture_hook(cache, name, spec)) for name in names]
         bwd = [(name, capture_hook(cache, f"{name}_grad", spec)) for name in names]
         return CapturePlan(cache, fwd, bwd if incl_bwd else [])

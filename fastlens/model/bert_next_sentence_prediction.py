@@ -145,7 +145,8 @@ class BertNextSentencePrediction:
                 *model_args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
             )
         if return_cache_object:
-            cache = ActivationCache(dict(cache), self, has_batch_dim=not remove_batch_dim)
+            assert isinstance(cache, dict)
+            cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
         return output, cache
 
     def run_with_hooks(self, *model_args: Any, **kwargs: Any) -> Any:

@@ -30,6 +30,7 @@ def transformer_plan(
     incl_bwd: bool = False,
     lazy: bool = True,
     by_hooks: bool = False,
+    into: CacheDict | None = None,
 ) -> CapturePlan:
     """The hooks and taps that fill a cache with these places.
 
@@ -42,6 +43,7 @@ def transformer_plan(
         incl_bwd: Gradients as well.
         lazy: Let entries be computed when read.
         by_hooks: Capture every place where it is, by a hook.
+        into: What to fill; None makes a dict.
     """
     cfg = model.cfg
     kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
@@ -51,12 +53,15 @@ def transformer_plan(
     # A method of ours that a user replaced may do anything.
     replaced = replaced_method() is not None
     lazy = lazy and not by_hooks and not replaced
-    cache: dict[str, Tensor] = CacheDict() if lazy else {}
+    lazy = lazy and (into is None or into.takes_derived)
+    new = CacheDict() if lazy else spec.new_cache()
+    cache: dict[str, Tensor] = new if into is None else into
     points = model.hook_dict
-    taps = [] if by_hooks or replaced else _taps(model, names, spec, cache)
+    taps = [] if by_hooks or replaced else _taps(model, names, spec, cache, lazy)
     tapped = {name for _, tap in taps for name in tap.points}
     recipes: dict[str, Recipe] = {}
-    if lazy and spec.keeps_all:
+    # What is computed from rounded activations is not what passed, rounded.
+    if lazy and spec.keeps_all and spec.dtype is None:
         # Hooks on some points see, and give back, another form of what passes.
         plain = {name for name in names if points[name].hook_conversion is None}
         recipes = captured([name for name in names if name in plain], _recipes(model))
@@ -64,7 +69,8 @@ def transformer_plan(
     for name in names:
         if name in tapped:
             continue
-        if isinstance(cache, CacheDict) and name in recipes and not is_live(points[name]):
+        if lazy and name in recipes and not is_live(points[name]):
+            assert isinstance(cache, CacheDict)
             recipe = recipes[name]
             hook = derive_hook(cache, name, spec, recipe.formula, recipe.sources)
         else:
@@ -88,7 +94,7 @@ def _recipes(model: Any) -> dict[str, Recipe]:
 
 
 def _taps(
-    model: Any, names: list[str], spec: CaptureSpec, cache: dict[str, Tensor]
+    model: Any, names: list[str], spec: CaptureSpec, cache: dict[str, Tensor], lazy: bool
 ) -> list[tuple[AbstractAttention, PatternTap]]:
     wanted: dict[str, list[str]] = {}
     for name in names:
@@ -100,7 +106,7 @@ def _taps(
         attn = fused_attention(model.mod_dict[layer])
         if attn is not None and not any(model.hook_dict[name].hook_conversion for name in places):
             seen = {name: model.hook_dict[name] for name in places}
-            tap = PatternTap(cache, seen, spec, _sources(attn, layer, set(names)))
+            tap = PatternTap(cache, seen, spec, _sources(attn, layer, set(names)), lazy)
             taps.append((attn, tap))
     return taps
 

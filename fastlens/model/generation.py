@@ -69,6 +69,7 @@ class GenerationMixin:
     hook_tokens: nn.Module
     get_residual: Any
     forward: Any
+    _to_part: Any
     _tokenize: Any
     _need_tokenizer: Any
 
@@ -372,7 +373,10 @@ class GenerationMixin:
         mask: Int[Tensor, "batch all_pos"] | None,
         cache: TransformerLensKeyValueCache | None,
     ) -> Float[Tensor, "batch d_vocab_out"]:
-        """Logits of the last position, the only one unembedded if nobody looks at the others."""
+        """Logits of the last position, the only one unembedded if nobody looks at the others.
+
+        On the device of the embeddings, where tokens are chosen.
+        """
         residual, positions = self.get_residual(embedded, offset, attention_mask=mask)
         arguments = {
             "start_at_layer": 0,
@@ -381,22 +385,24 @@ class GenerationMixin:
             "past_kv_cache": cache,
         }
         if embedded.shape[1] == 1 or not self._tail_is_plain():
-            return self.forward(residual, return_type="logits", **arguments)[:, -1]
+            logits = self.forward(residual, return_type="logits", **arguments)[:, -1]
+            return logits.to(embedded.device)
         residual = self.forward(residual, stop_at_layer=self.cfg.n_layers, **arguments)[:, -1:]
-        for part in self._tail():
-            residual = part(residual)
-        return soft_cap(residual[:, -1], self.cfg.output_logits_soft_cap)
+        for name, part in self._tail().items():
+            residual = part(self._to_part(name, residual))
+        logits = soft_cap(residual[:, -1], self.cfg.output_logits_soft_cap)
+        return logits.to(embedded.device)
 
-    def _tail(self) -> list[nn.Module]:
+    def _tail(self) -> dict[str, nn.Module]:
         names = ["unembed"] if self.cfg.normalization_type is None else ["ln_final", "unembed"]
-        return [getattr(self, name) for name in names]
+        return {name: getattr(self, name) for name in names}
 
     def _tail_is_plain(self) -> bool:
         """Whether the final norm and unembedding are ours, unhooked, and run by our forward."""
         ours = type(self).forward.__module__.startswith("fastlens.")
         if not ours or "forward" in self.__dict__:
             return False
-        return all(_is_plain(part) for part in self._tail())
+        return all(_is_plain(part) for part in self._tail().values())
 
     # -- the result --------------------------------------------------------------------------
 

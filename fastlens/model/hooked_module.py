@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fastlens.cache.activations import Activations
 from fastlens.errors import HookNameError, ShapeError
+from fastlens.hooks.capture import CapturePlan, CaptureSpec
+from fastlens.hooks.derived import CacheDict
 from fastlens.hooks.places import Capture, Place, Places, Rule, Watch, anything, replace
 from fastlens.hooks.point import HookFunction
 from fastlens.hooks.root import HookedRootModule, HookList, HookName, NamesFilter, uncompiled
@@ -302,6 +304,30 @@ class HookedModule(HookedRootModule):
         if remove_batch_dim:
             cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
+
+    def capture_plan(
+        self,
+        names_filter: NamesFilter,
+        spec: CaptureSpec,
+        incl_bwd: bool = False,
+        lazy: bool = False,
+        stays: bool = False,
+        into: CacheDict | None = None,
+    ) -> CapturePlan:
+        """Copies of everything; see `HookedRootModule.capture_plan`."""
+        if spec.dtype is None:
+            return super().capture_plan(names_filter, spec, incl_bwd, lazy, stays, into)
+        if spec.heads is not None:
+            raise ShapeError(
+                "heads was given, but which axis of a module's value is its heads is not known "
+                "here. Cache the whole, and slice it."
+            )
+        cache = spec.new_cache() if into is None else into
+        cache, hooks, _ = self.get_caching_hooks(
+            names_filter, incl_bwd, spec.device, cache=cache, pos_slice=spec.pos_slice
+        )
+        capture = Capture(cache, spec.device, incl_bwd, spec.dtype)
+        return CapturePlan(cache, [(name, capture) for name, _ in hooks], [])
 
     def get_caching_hooks(
         self,

@@ -15,6 +15,7 @@ from fastlens.components.norms import final_norm
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError, FlagError, ShapeError, TokenError
 from fastlens.hooks.point import HookPoint, is_live
+from fastlens.model.device_map import Followers, Placement, over_n_devices
 from fastlens.model.generation import GenerationMixin
 from fastlens.model.pretrained import PretrainedMixin
 from fastlens.model.root import TransformerRoot, named_tokenizer
@@ -52,6 +53,8 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
 
     # How the weights come and go, where `from_pretrained` was told to stream them.
     streaming: Streaming | None = None
+    # Which part lies where, if they are spread over several devices.
+    placement: Placement | None = None
 
     def __init__(
         self,
@@ -122,6 +125,10 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
 
         A cache then need not store what `ln_final` normalises.
         """
+        placement = self.placement
+        if placement is not None and placement.final != placement.layers[-1]:
+            # It reads a copy on another device.
+            return False
         return type(self).forward is _FORWARD and "forward" not in self.__dict__
 
     def _submodule(self, name: str) -> Any:
@@ -179,8 +186,13 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
                 residual = self._as_residual(input)
         layers = range(self.cfg.n_layers)[start_at_layer or 0 : stop_at_layer]
         ends_early = stop_at_layer is not None or return_type is None
+        placement = self.placement
+        follow = Followers(shortformer_pos_embed, attention_mask)
         with self._memory_for(residual, len(layers), has_logits=not ends_early):
             for layer in layers:
+                if placement is not None:
+                    residual = residual.to(placement.layers[layer])
+                    shortformer_pos_embed, attention_mask = follow.on(placement.layers[layer])
                 residual = self.blocks[layer](
                     residual,
                     past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[layer],
@@ -190,16 +202,20 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
             if stop_at_layer is not None:
                 return residual
             if self.cfg.normalization_type is not None:
-                residual = self.ln_final(residual)
+                residual = self.ln_final(self._to_part("ln_final", residual))
             if return_type is None:
                 return None
-            logits = soft_cap(self.unembed(residual), self.cfg.output_logits_soft_cap)
+            logits = self.unembed(self._to_part("unembed", residual))
+            logits = soft_cap(logits, self.cfg.output_logits_soft_cap)
             if return_type == "logits":
                 return logits
             if tokens is None:
                 raise TokenError("a loss needs tokens: with start_at_layer, pass tokens=.")
             loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
             return loss if return_type == "loss" else Output(logits, loss)
+
+    def _to_part(self, part: str, x: Tensor) -> Tensor:
+        return x if self.placement is None else x.to(self.placement.devices[part])
 
     def _memory_for(
         self, residual: Tensor, n_layers: int, has_logits: bool
@@ -330,12 +346,14 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
         if kind in ("standard", "shortformer"):
             if tokens is None:
                 tokens = torch.ones(embed.shape[:2], dtype=torch.int, device=embed.device)
-            pos_embed = self.pos_embed(tokens, pos_offset, attention_mask)
+            mask = None if attention_mask is None else self._to_part("pos_embed", attention_mask)
+            pos_embed = self.pos_embed(self._to_part("pos_embed", tokens), pos_offset, mask)
             if self.streaming is not None:
                 pos_embed = self.streaming.traced(pos_embed)
             if is_live(self.hook_pos_embed):
                 # Rows of W_pos itself: a hook that writes in place must not write to the weights.
                 pos_embed = self.hook_pos_embed(pos_embed.clone())
+            pos_embed = self._to_part("embed", pos_embed)
             residual, positions = (
                 (embed + pos_embed, None) if kind == "standard" else (embed, pos_embed)
             )
@@ -349,6 +367,8 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
         per_token: bool = False,
     ) -> Tensor:
         """Next-token cross-entropy in nats; see `fastlens.tokens.lm_cross_entropy_loss`."""
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(logits.device)
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     # -- flags and devices -------------------------------------------------------------------
@@ -379,11 +399,35 @@ class HookedTransformer(PretrainedMixin, TextMixin, GenerationMixin, WeightsMixi
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         instead = "Say device= and dtype= in from_pretrained."
         refuse_streamed(self, "moving or casting the model", instead)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.placement is not None:
+            self.placement = self.placement.after(self)
+            if self.placement is None:
+                self.cfg.n_devices = 1
+        return self
 
     def move_model_modules_to_device(self) -> None:
-        """Move everything to ``cfg.device``."""
-        nn.Module.to(self, self.cfg.device)
+        """Move everything to ``cfg.device``, or over ``cfg.n_devices`` devices from there on.
+
+        Those are TransformerLens' equal runs of layers; the final norm and the unembedding go with
+        the last layer.
+        """
+        placement = over_n_devices(self.cfg)
+        if placement is None:
+            nn.Module.to(self, self.cfg.device)
+        else:
+            self.spread(placement)
+
+    def spread(self, placement: Placement) -> None:
+        """Put every part where a placement says; ``cfg.device`` is then that of the embedding.
+
+        Hook tensors lie on their layer's device, logits and loss on the unembedding's. Results are
+        those of one device: only copies are added.
+        """
+        refuse_streamed(self, "spreading the model over devices", "Load the model without them.")
+        placement.put(self)
+        self.placement = None if placement.is_single else placement
+        self.cfg.device = str(placement.first)
 
 
 # As it is defined here: a class, too, can have its method replaced.

@@ -109,6 +109,11 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
                 f"{name}=True was asked, but quantised weights are not computed with. Load the "
                 f"model in bfloat16, or from a .gguf file, which is dequantised."
             )
+    if options.pop("device_map", None) is not None:
+        raise ConfigError(
+            "device_map was asked, but only HookedTransformer runs on several devices. Give "
+            "device=."
+        )
     for name in options:
         if name not in _OPTIONS:
             raise ConfigError(

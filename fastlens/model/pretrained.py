@@ -1,6 +1,7 @@
 """`PretrainedMixin`: loading, processing, initialising and saving a model's weights."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -8,10 +9,18 @@ import torch
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
+from fastlens.model.device_map import (
+    DeviceMap,
+    MaxMemory,
+    check_map_arguments,
+    part_sizes,
+    placement_of,
+)
 from fastlens.model.open_model import open_model
 from fastlens.model.streaming import refuse_streamed, stream_limit, streamed_model
 from fastlens.weights import fold, initialize, load
 from fastlens.weights.native import save_native
+from fastlens.weights.on_demand import parameters_on_meta
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +98,8 @@ class PretrainedMixin(RandomWeightsMixin):
         first_n_layers: int | None = None,
         n_ctx: int | None = None,
         offload: Literal["disk", "cpu"] | None = None,
-        max_memory: int | str | None = None,
+        max_memory: int | str | MaxMemory | None = None,
+        device_map: DeviceMap | None = None,
         **from_pretrained_kwargs: Any,
     ) -> T:
         """Load a model and, by default, rewrite its weights into an equal, more readable form.
@@ -105,7 +115,7 @@ class PretrainedMixin(RandomWeightsMixin):
                 by step (Pythia, Stanford's GPT-2 runs).
             hf_model: A transformers model in memory to take config and weights from.
             device: Where the model goes; by default CUDA if there is any.
-            n_devices: 1: spreading layers over several devices is not here yet.
+            n_devices: Spread layers in equal runs over that many GPUs, from ``device`` on.
             tokenizer: By default the one that comes with the weights.
             move_to_device: False leaves the model on the CPU.
             default_prepend_bos: Whether text gets a BOS token; by default what the family does.
@@ -120,6 +130,14 @@ class PretrainedMixin(RandomWeightsMixin):
             max_memory: What the process may take beyond what it holds when the weights are
                 opened, in bytes or as "2GiB" (on a GPU: what its tensors may take). Implies
                 ``offload="disk"``. As many layers stay as fit. Without it, two at a time.
+                With an automatic ``device_map``, a dict: what weights may take on each device,
+                ``{0: "10GiB", "cpu": "30GiB"}``; by default nine tenths of what is free.
+            device_map: Where each part goes, as for accelerate: a dict of module names ("embed",
+                "blocks.0", "unembed", or transformers' "model.layers.0", "lm_head"; "" is all of
+                them) and devices (0, "cuda:1", "cpu"); or "auto" ("balanced": as even as can be),
+                "balanced_low_0" (as little as can be on the first GPU), "sequential" (one GPU full
+                before the next). Weights are read straight to their devices. See
+                docs/large-models.md.
             from_pretrained_kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for
                 the hub; ``trust_remote_code`` for the tokenizer; ``ignore_config_attributes``: see
                 `open_source`. ``torch_dtype`` overrides ``dtype``. ``verbose=False`` is silent.
@@ -127,7 +145,8 @@ class PretrainedMixin(RandomWeightsMixin):
         Cost: peak memory at load is the model plus one layer.
         Raises: ModelNameError, SourceError, ConfigError, WeightsError; see `open_source`.
         """
-        streams = offload is not None or max_memory is not None
+        check_map_arguments(device_map, max_memory, device, n_devices, offload, move_to_device)
+        streams = device_map is None and (offload is not None or max_memory is not None)
         limit = stream_limit(offload or "disk", max_memory) if streams else None
         source, cfg, verbose = open_model(
             "HookedTransformer",
@@ -169,6 +188,13 @@ class PretrainedMixin(RandomWeightsMixin):
 
         if streams:
             model = streamed_model(build, source, cfg, flags, limit, offload or "disk")
+        elif device_map is not None:
+            with parameters_on_meta():
+                model = build()
+            sizes = part_sizes(model, cfg)  # type: ignore[arg-type]
+            amounts = max_memory if isinstance(max_memory, Mapping) else None
+            model.spread(placement_of(device_map, cfg, sizes, amounts))  # type: ignore[attr-defined]
+            load.load_source(model, source, flags)  # type: ignore[arg-type]
         else:
             model = build()
             load.load_source(model, source, flags)  # type: ignore[arg-type]
@@ -253,6 +279,11 @@ class PretrainedMixin(RandomWeightsMixin):
         if flags["fold_ln"] and not gains and self.cfg.normalization_type not in ("LN", "RMS"):
             logger.warning("fold_ln=True, but model and state dict are folded already. Skipped.")
             flags["fold_ln"] = False
+        placement = getattr(self, "placement", None)
+        if placement is not None and "ln_final" in placement.devices:
+            # What is folded into the unembedding is folded where that is.
+            for key in [key for key in state_dict if key.startswith("ln_final.")]:
+                state_dict[key] = state_dict[key].to(placement.devices["unembed"])
         load.load_state_dict(self, state_dict, flags)  # type: ignore[arg-type]
         if flags["fold_ln"]:
             load.fold_norms_away(self)  # type: ignore[arg-type]

@@ -1,7 +1,9 @@
 """What `HookedTransformer`, `HookedEncoder` and `HookedEncoderDecoder` share."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor
 from fastlens.cache import ActivationCache
 from fastlens.config import HookedTransformerConfig
 from fastlens.devices import move_to_and_update_config
-from fastlens.errors import FlagError, TokenError
+from fastlens.errors import ConfigError, FlagError, TokenError
 from fastlens.hooks.capture import CapturePlan, CaptureSpec
+from fastlens.hooks.derived import CacheDict
 from fastlens.hooks.point import HookFunction, HookPoint
 from fastlens.hooks.root import HookedRootModule, NamesFilter
 from fastlens.model.capture_plan import transformer_plan
+from fastlens.model.stop_early import layers_needed
 from fastlens.settings import HF_TOKEN
+from fastlens.store.entries import fresh
 
 T = TypeVar("T", bound="TransformerRoot")
 
@@ -64,26 +69,59 @@ class TransformerRoot(HookedRootModule):
         *model_args: Any,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
+        store: str | Path | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
         """One forward and its activations, as an `ActivationCache`.
 
         With ``return_cache_object=False`` as a plain dict, which stores every one of them.
 
+        With ``store``, a new or empty folder, each activation is written there as it passes and the
+        cache reads it from there: one is in memory at a time. `ActivationCache.open` opens the
+        folder later. Every activation asked for is stored, none derived.
+
         See `HookedRootModule.run_with_cache` for ``names_filter``, ``pos_slice``, ``heads``,
-        ``device``, ``incl_bwd``, ``lazy`` and the rest; further arguments go to `forward`.
+        ``device``, ``dtype``, ``incl_bwd``, ``lazy``, ``into`` and the rest; further arguments go
+        to `forward`.
 
         Attention stays fused. Patterns and scores, what norms normalise, ``resid_mid`` and neurons'
         activations are computed from captured activations when they are first read: the cache
         needs about half the memory of storing them, and at long contexts a small part of it.
+
+        With ``return_type=None`` a `HookedTransformer` runs no layer behind the last place that is
+        captured or hooked, and no unembedding.
         """
         kwargs["lazy"] = kwargs.get("lazy", True) and return_cache_object
-        output, cache = super().run_with_cache(
-            *model_args, remove_batch_dim=remove_batch_dim, **kwargs
-        )
+        if store is not None:
+            if kwargs.get("into") is not None:
+                raise ConfigError("store= and into= both say where activations go: give one.")
+            key = {"model": self.cfg.model_name, "has_batch_dim": not remove_batch_dim}
+            kwargs["into"] = fresh(store, key)
+        try:
+            output, cache = super().run_with_cache(
+                *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+            )
+        finally:
+            if store is not None:
+                kwargs["into"].store.close()
         if return_cache_object:
             cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
         return output, cache
+
+    def _run_captured(self, *model_args: Any, **model_kwargs: Any) -> Any:
+        # A forward of somebody else's may do anything with its layers' outputs.
+        if not getattr(self, "ends_in_norm", False):
+            return self(*model_args, **model_kwargs)
+        given = inspect.signature(self.forward).bind(*model_args, **model_kwargs).arguments
+        # Later tokens would miss keys and values of layers that were not run.
+        may_stop = given.get("stop_at_layer") is None and given.get("past_kv_cache") is None
+        if given.get("return_type", "logits") is None and may_stop:
+            layers = layers_needed(self)
+            if layers is not None:
+                given.pop("stop_at_layer", None)
+                self(**given, stop_at_layer=layers)
+                return None
+        return self(*model_args, **model_kwargs)
 
     def capture_plan(
         self,
@@ -92,11 +130,13 @@ class TransformerRoot(HookedRootModule):
         incl_bwd: bool = False,
         lazy: bool = False,
         stays: bool = False,
+        into: CacheDict | None = None,
     ) -> CapturePlan:
         """Stores what must be, and derives the rest; see `fastlens.model.capture_plan`."""
         names = self._names_matching(names_filter)
         # Gradients are taken at the places themselves.
-        return transformer_plan(self, names, spec, incl_bwd, lazy, by_hooks=incl_bwd or stays)
+        by_hooks = incl_bwd or stays
+        return transformer_plan(self, names, spec, incl_bwd, lazy, by_hooks=by_hooks, into=into)
 
     def required_flag(self, name: str) -> str | None:
         """The config flag without which the place ``name`` never fires, or None."""

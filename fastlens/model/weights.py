@@ -16,7 +16,7 @@ class StackedWeights:
     """Weights of any model with `embed`, `unembed` and layers of attention and MLP.
 
     Stacked properties are copies: edit the layers' leaves. Grouped attention shows keys and values
-    repeated for every query head.
+    repeated for every query head. Layers over several devices are stacked on ``cfg.device``.
     """
 
     cfg: HookedTransformerConfig
@@ -28,7 +28,13 @@ class StackedWeights:
     def _stacked(self, part: str, name: str) -> Tensor:
         if part == "mlp" and self.cfg.attn_only:
             raise ConfigError(f"{name} was asked for, but this model is attn_only: it has no MLPs.")
-        return torch.stack([getattr(getattr(layer, part), name) for layer in self._layers()])
+        found = [getattr(getattr(layer, part), name) for layer in self._layers()]
+        return torch.stack([self._gathered(weight) for weight in found])
+
+    def _gathered(self, weight: Tensor) -> Tensor:
+        """On ``cfg.device``, where layers lie on several devices."""
+        spread = getattr(self, "placement", None) is not None
+        return weight.to(self.cfg.device) if spread else weight
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab_out"]:
@@ -148,7 +154,7 @@ class WeightsMixin(StackedWeights):
     @property
     def W_E_pos(self) -> Float[Tensor, "d_vocab_plus_n_ctx d_model"]:
         """W_E above W_pos: an overcomplete basis of what enters the first block."""
-        return torch.cat([self.W_E, self.W_pos])
+        return torch.cat([self.W_E, self._gathered(self.W_pos)])
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -164,13 +170,13 @@ class WeightsMixin(StackedWeights):
         if not 0 <= layer <= n_layers or (mlp_input and layer == n_layers):
             raise IndexError(f"layer={layer} is out of range for {n_layers} layers.")
         blocks = self.blocks  # type: ignore[attr-defined]
-        like = blocks[0].attn.b_O.detach()
+        like = self._gathered(blocks[0].attn.b_O.detach())
         total = torch.zeros_like(like)
         for block in blocks[:layer]:
-            total = total + block.attn.b_O
+            total = total + self._gathered(block.attn.b_O)
             if include_mlp_biases and not self.cfg.attn_only:
-                total = total + block.mlp.b_out
-        return total + blocks[layer].attn.b_O if mlp_input else total
+                total = total + self._gathered(block.mlp.b_out)
+        return total + self._gathered(blocks[layer].attn.b_O) if mlp_input else total
 
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
         """How much each head's output feeds each later head (Elhage et al. 2021).

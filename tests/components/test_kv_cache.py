@@ -32,3 +32,15 @@ def test_append_keeps_unless_frozen():
     kept.unfreeze()
     kept[1].append(new, new)
     assert kept[1].past_keys.shape[1] == 6
+
+
+def test_what_is_held_follows_its_layer():
+    cfg = HookedTransformerConfig(**tiny("gpt2"))
+    cache = TransformerLensKeyValueCache.init_cache(cfg, "cpu", 1)
+    new = torch.ones(1, 2, cfg.n_heads, cfg.d_head, device="meta")
+    cache.freeze()
+    keys, values = cache[0].append(new, new)
+    assert keys.is_meta and values.is_meta and keys.shape[1] == 2
+    # The empty past is there now, frozen or not.
+    assert cache[0].past_keys.is_meta and cache[0].past_keys.shape[1] == 0
+    assert not cache[1].past_keys.is_meta

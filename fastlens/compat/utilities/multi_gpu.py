@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fastlens.devices import block_device
 from fastlens.errors import FastlensError
 
 # Index of a CUDA device and the bytes left on it.
@@ -68,10 +69,8 @@ def get_device_for_block_index(
     Args:
         device: The first of them; ``cfg.device`` if None. The CPU is always one.
     """
-    first = torch.device(cfg.device if device is None else device)
-    if first.type == "cpu":
-        return first
-    return torch.device(first.type, (first.index or 0) + index * cfg.n_devices // cfg.n_layers)
+    first = cfg.device if device is None else device
+    return block_device(index, cfg.n_layers, cfg.n_devices, first)
 
 
 def resolve_device_map(
