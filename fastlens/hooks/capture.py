@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlens.errors import ConfigError, LayerError, ShapeError, did_you_mean
+from fastlens.hooks.copies import Copies
 from fastlens.hooks.derived import CacheDict, Derived, Source, Stored
 from fastlens.hooks.of_heads import head_axis
 from fastlens.hooks.point import HookFunction, HookPoint
@@ -63,6 +64,7 @@ class CaptureSpec:
         group_size: Query heads that read one KV head.
         dtype: Of floats; int8 is `Int8OutlierRows`. None keeps each activation's own.
         last: What was captured last.
+        copies: Copies to another device that need not be there yet; None makes each wait.
     """
 
     pos_slice: Slice
@@ -72,6 +74,7 @@ class CaptureSpec:
     group_size: int = 1
     dtype: torch.dtype | None = None
     last: _Last = field(default_factory=_Last, compare=False, repr=False)
+    copies: Copies | None = field(default=None, compare=False, repr=False)
 
     def heads_at(self, point: HookPoint) -> list[int] | None:
         """The entries of that place's head axis to keep; None for all."""
@@ -137,18 +140,31 @@ def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Stored:
     how = (point.axes, None if spec.heads is None else spec.heads_at(point)) if once else None
     if once and (known := spec.last.kept(activation, how)) is not None:
         return known
-    kept = keep(_chosen(activation, point, spec), spec)
+    kept = keep(_chosen(activation, point, spec), spec, activation)
     if once:
         spec.last.remember(activation, how, kept)
     return kept
 
 
-def keep(chosen: Tensor, spec: CaptureSpec) -> Stored:
-    """A chosen part of an activation as the cache is to hold it: cast or packed, and moved."""
+def keep(chosen: Tensor, spec: CaptureSpec, activation: Tensor | None = None) -> Stored:
+    """A chosen part of an activation as the cache is to hold it: cast or packed, and moved.
+
+    Args:
+        activation: What it may share memory with, and the run goes on with.
+    """
     kept: Stored = chosen
     if spec.dtype is not None:
         kept = owned(packed(chosen) if spec.dtype == torch.int8 else cast_to(chosen, spec.dtype))
-    return kept if spec.device is None else kept.to(spec.device)
+    if spec.device is None:
+        return kept
+    if spec.copies is None or isinstance(kept, Int8OutlierRows):
+        return kept.to(spec.device)
+    is_owned = activation is not None and not _share_memory(kept, activation)
+    return spec.copies.to(kept, spec.device, is_owned)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def cast_to(chosen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from fastlens.hooks.capture import (
     chosen_heads,
     kept_dtype,
 )
+from fastlens.hooks.copies import Copies
 from fastlens.hooks.derived import CacheDict
 from fastlens.hooks.point import HookFunction, HookPoint, LensHandle
 from fastlens.slices import Slice, SliceInput
@@ -266,7 +267,8 @@ class HookedRootModule(nn.Module):
             names_filter: Which activations: a hook name, a list of names, a predicate, or None for
                 all. A string that matches nothing is an error; a predicate that matches nothing
                 warns. Named places that a flag switches off are switched on for this run.
-            device: Where entries are kept; None leaves them where they are.
+            device: Where entries are kept; None leaves them where they are. From a GPU to the
+                host the copies go beside the run, into pinned memory (not run on a GPU).
             remove_batch_dim: Drop the batch axis; only for a batch of one.
             incl_bwd: Also call ``backward()`` on the output (which must be a scalar, so use
                 ``return_type="loss"``) and keep gradients under ``name + "_grad"``.
@@ -298,6 +300,8 @@ class HookedRootModule(nn.Module):
             remove_batch_dim,
             chosen_heads(heads, self),
             dtype=kept_dtype(dtype),
+            # Hooks that stay on, or write to disk, need each entry at once.
+            copies=Copies() if reset_hooks_end and into is None and not incl_bwd else None,
         )
         # A subclass may define capture_plan without it.
         where = {} if into is None else {"into": into}
@@ -318,6 +322,9 @@ class HookedRootModule(nn.Module):
         except BaseException:
             restore()
             raise
+        finally:
+            if spec.copies is not None:
+                spec.copies.finish()
         if reset_hooks_end:
             restore()
         return output, plan.cache
