@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlens.patching.frame import NullTest
 from fastlens.patching.model import PatchableModel
-from fastlens.patching.plan import NullTest
 from fastlens.patching.runs import PlannedPatch, Run
 from fastlens.patching.sites import SITES
 from fastlens.patching.sources import Source

@@ -76,6 +76,7 @@ class Evaluator:
         wants: What each is expected to read.
         n_pos: Positions of the prompts.
         clean_branch: The first branch of the clean runs: 0 where they are the base.
+        logit_bytes: Logits that are held at once, and what the metrics make of them.
     """
 
     model: Any
@@ -83,6 +84,11 @@ class Evaluator:
     wants: Sequence[Wants]
     n_pos: int
     clean_branch: int
+    logit_bytes: int = LOGIT_BYTES
+
+    @property
+    def _most(self) -> int:
+        return min(LOGIT_BYTES, self.logit_bytes)
 
     def values(
         self, final: Final, use: ChunkUse, names: Sequence[str]
@@ -143,7 +149,7 @@ class Evaluator:
             metric = metric.with_clean_rows(logits_of(self.model.unembed, clean_rows, None))
         columns = None if wants.columns is None else wants.columns.to(device)
         width = self.model.cfg.d_vocab_out if columns is None else len(columns)
-        size = max(1, LOGIT_BYTES // (4 * width * max(4, x.element_size())))
+        size = max(1, self._most // (4 * width * max(4, x.element_size())))
         values = []
         for part, whose in zip(distinct.split(size), example.split(size), strict=True):
             logits = logits_of(self.model.unembed, x[part], columns)
@@ -164,7 +170,7 @@ class Evaluator:
         width = d_vocab if wants.columns is None else len(wants.columns)
         batch = every.shape[1]
         needed = self.n_pos if wants.positions is None else len(wants.positions)
-        size = max(1, LOGIT_BYTES // (width * x.element_size() * batch * needed))
+        size = max(1, self._most // (width * x.element_size() * batch * needed))
         values: list[Tensor | None] = []
         table = table.cpu()
         for start in range(0, len(every), size):

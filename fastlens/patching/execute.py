@@ -1,6 +1,7 @@
 """Runs a planned sweep, checks some of its runs another way, and hands back the scores."""
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlens.errors import SweepError
+from fastlens.patching.budget import reserved
 from fastlens.patching.codes import evaluating
-from fastlens.patching.evaluate import BASE_RUN, Evaluator, Values
+from fastlens.patching.evaluate import BASE_RUN, Values
 from fastlens.patching.folder import SweepFolder
-from fastlens.patching.hooked import HookedRuns, places_of
+from fastlens.patching.making import Forwards, WaveRuns, hooked_runs, masked
 from fastlens.patching.model import PatchableModel, walk
 from fastlens.patching.plan import Chunk
 from fastlens.patching.query import SweepPlan
 from fastlens.patching.record import key_of, layout_of, plan_from_layout
 from fastlens.patching.result import Outcome, refuse_if_wrong, scores_of, tolerance_of
-from fastlens.patching.runs import Run
 from fastlens.patching.strategy import ALONE, STACKED
-from fastlens.patching.uses import uses_of
-from fastlens.patching.wave import Wave
 from fastlens.scores import Scores
 
 Verify: TypeAlias = int | bool | Literal["all"] | None
@@ -55,7 +54,8 @@ def execute(
             stack.enter_context(_threads(int(folder.layout["threads"])))
         stack.enter_context(_quiet(plan.model, plan.gradients))
         stack.enter_context(evaluating([m for codes in plan.codes for m in codes.modules()]))
-        outcome = _Execution(plan, folder, progress).run()
+        with reserved(plan.model, plan.strategy, plan.passes, plan.memory):
+            outcome = _Execution(plan, folder, progress).run()
         outcome.certificate.update(_certificate(plan, outcome, verify))
         scores = scores_of(plan, outcome)
         if folder is not None:
@@ -116,26 +116,39 @@ class _Execution:
         # A second pass is not kept: it is rare, and small.
         folder = None if bar is None else self.folder
         finished = set() if folder is None else set(folder.finished())
-        make = _Waves(query) if query.strategy.is_wave else _Forwards(query)
+        wave = query.strategy.is_wave
+        groups = (query.passes.groups if wave else None) or [(i,) for i in range(len(chunks))]
+        make = None
         again: list[int] = []
-        for at, chunk in enumerate(chunks):
-            if folder is not None and at in finished:
-                found, redo = _unpacked(folder.read(at), len(query.readings))
-            else:
-                found, redo = make(chunk)
-                if folder is not None:
+        for group in groups:
+            waiting = [at for at in group if at not in finished]
+            made: Iterator[tuple[int, list[Values], list[int]]] = iter(())
+            if waiting:
+                make = make or (WaveRuns(query, self._spill_folder()) if wave else Forwards(query))
+                made = make([(at, chunks[at]) for at in waiting], bar)
+            stored = (
+                (at, *_unpacked(folder.read(at), len(query.readings)))
+                for at in group
+                if folder is not None and at in finished
+            )
+            for at, found, redo in itertools.chain(stored, made):
+                if folder is not None and at not in finished:
                     folder.write(at, _packed(found, redo))
-            if BASE_RUN in redo:
-                return None
-            if at == 0:
-                self.stems = [values.stems for values in found]
-            again += [numbers[chunk.runs[i]] for i in redo]
-            for per_run, values in zip(self.values, found, strict=True):
-                for run, value in zip(chunk.runs, values.runs, strict=True):
-                    per_run[numbers[run]] = value
-            if bar is not None:
-                bar.update(len(chunk.runs))
+                if BASE_RUN in redo:
+                    return None
+                chunk = chunks[at]
+                if at == 0:
+                    self.stems = [values.stems for values in found]
+                again += [numbers[chunk.runs[i]] for i in redo]
+                for per_run, values in zip(self.values, found, strict=True):
+                    for run, value in zip(chunk.runs, values.runs, strict=True):
+                        per_run[numbers[run]] = value
+                if bar is not None:
+                    bar.update(len(chunk.runs))
         return again
+
+    def _spill_folder(self) -> Path | None:
+        return None if self.folder is None else self.folder.path
 
     def _fill(self, query: SweepPlan, numbers: Sequence[int]) -> None:
         """Runs that were not computed: as an equal run, or as the base run."""
@@ -144,72 +157,6 @@ class _Execution:
                 if per_run[number] is None:
                     same = per_run[numbers[query.plan.same_as[i]]]
                     per_run[number] = stems[0] if same is None else same
-
-
-class _Waves:
-    """Chunks made by the wave, which keeps the stems' streams from one to the next."""
-
-    def __init__(self, query: SweepPlan):
-        self.query = query
-        self.wave = Wave(
-            *(query.model, query.plan.frame, query.stem, query.sources, query.prompts.n_pos),
-            keep_streams=len(query.plan.chunks) > 1,
-            codes=query.codes,
-        )
-        is_noising = query.direction == "noising"
-        self.evaluator = Evaluator(
-            *(query.model, query.readings, query.wants, query.prompts.n_pos),
-            clean_branch=0 if is_noising else query.plan.frame.batch,
-        )
-
-    def __call__(self, chunk: Chunk) -> tuple[list[Values], list[int]]:
-        query = self.query
-        use = uses_of(query.plan, chunk)
-        final = self.wave.run(use, chunk.first_layer)
-        names = [query.grid.name(query.runs[number]) for number in chunk.runs]
-        return self.evaluator.values(final, use, names)
-
-
-class _Forwards:
-    """Chunks made by hooked forwards, one for each run or several stacked in the batch."""
-
-    def __init__(self, query: SweepPlan):
-        self.query = query
-        self.how = hooked_runs(query, query.runs)
-        base_logits = query.model(query.base, **_masked(query))
-        named = [("the base run", base_logits)]
-        if query.other is not None:
-            named.append(("the other prompt's run", query.model(query.other, **_masked(query))))
-        clean_logits = named[-1 if query.direction == "denoising" else 0][1]
-        self.itemsize = base_logits.element_size()
-        self.readings = [reading.with_clean(clean_logits) for reading in query.readings]
-        self.stems = [
-            torch.stack([reading.of_logits(logits, name) for name, logits in named])
-            for reading in self.readings
-        ]
-
-    def __call__(self, chunk: Chunk) -> tuple[list[Values], list[int]]:
-        query = self.query
-        runs = [query.runs[number] for number in chunk.runs]
-        names = [query.grid.name(run) for run in runs]
-        values: dict[int, list[Tensor]] = {}
-        if query.strategy.name == ALONE:
-            for i, run in enumerate(runs):
-                values[i] = self._read(self.how.alone(run), names[i])
-        else:
-            size = self.how.runs_per_stack(self.itemsize)
-            for numbers, logits in self.how.stacked(runs, size):
-                for i, one in zip(numbers, logits, strict=True):
-                    values[i] = self._read(one, names[i])
-        in_order = [values[i] for i in range(len(runs))]
-        found = [
-            Values(stems, reading.stacked([stems[0], *(one[m] for one in in_order)])[1:])
-            for m, (stems, reading) in enumerate(zip(self.stems, self.readings, strict=True))
-        ]
-        return found, []
-
-    def _read(self, logits: Tensor, name: str) -> list[Tensor]:
-        return [reading.of_logits(logits, name) for reading in self.readings]
 
 
 def _packed(found: list[Values], redo: list[int]) -> dict[str, Tensor]:
@@ -224,38 +171,10 @@ def _unpacked(tensors: dict[str, Tensor], n: int) -> tuple[list[Values], list[in
     return found, tensors["again"].tolist()
 
 
-def hooked_runs(query: SweepPlan, runs: Sequence[Run]) -> HookedRuns:
-    """What hooked runs are made from: the other prompt's activations, run no further than needed.
-
-    Raises: SweepError if nothing passes a place that is patched.
-    """
-    model = query.model
-    names = places_of(runs, query.sources)
-    other: dict[str, Tensor] = {}
-    if names:
-        assert query.other is not None
-        last = max(patch.layer for run in runs for patch in run.patches)
-        _, cache = model.run_with_cache(
-            query.other, names_filter=names, stop_at_layer=last + 1, **_masked(query)
-        )
-        other = {name: cache[name] for name in names if name in set(cache.keys())}
-    for name in names:
-        if name not in other:
-            raise SweepError(
-                f"nothing passes the hook point {name!r} in this model, so nothing can be patched "
-                f"there. A config flag may switch it off."
-            )
-    return HookedRuns(model, query.base, query.prompts.mask, query.sources, other, query.codes)
-
-
 def _clean_tokens(query: SweepPlan) -> Tensor:
     """Of the clean run; without another prompt the base is all there is."""
     is_other = query.direction == "denoising" and query.other is not None
     return query.other if is_other else query.base  # type: ignore[return-value]
-
-
-def _masked(query: SweepPlan) -> dict[str, Tensor]:
-    return {} if query.prompts.mask is None else {"attention_mask": query.prompts.mask}
 
 
 # -- checking ------------------------------------------------------------------------------------
@@ -275,7 +194,7 @@ def _certificate(query: SweepPlan, outcome: Outcome, verify: Verify) -> dict[str
     how = hooked_runs(query, [query.runs[i] for i in numbers])
     readings = query.readings
     if any(reading.needs_clean for reading in readings):
-        clean_logits = query.model(_clean_tokens(query), **_masked(query))
+        clean_logits = query.model(_clean_tokens(query), **masked(query))
         readings = [reading.with_clean(clean_logits) for reading in readings]
     differences = [0.0] * len(readings)
     for number in numbers:
@@ -300,7 +219,9 @@ def _certificate(query: SweepPlan, outcome: Outcome, verify: Verify) -> dict[str
 def _is_small(query: SweepPlan) -> bool:
     """Whether one layer's patterns are small enough to be made in full."""
     cfg = query.model.cfg
-    return query.prompts.batch * cfg.n_heads * query.prompts.n_pos**2 <= 2**24
+    numbers = query.prompts.batch * cfg.n_heads * query.prompts.n_pos**2
+    # Scores, their mask and patterns are held at once.
+    return numbers <= 2**24 and 4 * numbers * cfg.dtype.itemsize <= query.memory
 
 
 def _runs_to_verify(query: SweepPlan, outcome: Outcome, verify: Verify) -> list[int]:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,9 +42,10 @@ def weights_fingerprint(model: nn.Module) -> str:
     Raises: SweepError for weights that have no bytes to read: on the meta device, sparse, of
         torch's own quantised dtypes, or of a tensor subclass.
     """
+    if getattr(model, "streaming", None) is not None:
+        return _streamed_fingerprint(model)
     tensors = [(name, _plain_weight(name, tensor)) for name, tensor in sorted(_weights(model))]
-    about = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors]
-    whole = hashlib.sha256(json.dumps(about).encode())
+    whole = hashlib.sha256(_about([tensor for _, tensor in tensors], [name for name, _ in tensors]))
     pieces = [piece for _, tensor in tensors for piece in _pieces(tensor)]
     if all(piece.device.type == "cpu" for piece in pieces):
         with ThreadPoolExecutor(min(MAX_THREADS, torch.get_num_threads())) as pool:
@@ -55,6 +56,31 @@ def weights_fingerprint(model: nn.Module) -> str:
     for digest in digests:
         whole.update(digest)
     return whole.hexdigest()[:DIGITS]
+
+
+def _streamed_fingerprint(model: nn.Module) -> str:
+    """The same digits, of weights that come when they are read: one layer at a time, as names that
+    sort together do."""
+    # Of what is away, shape and dtype are known.
+    away = sorted(_weights(model), key=lambda item: item[0])
+    whole = hashlib.sha256(_about([tensor for _, tensor in away], [name for name, _ in away]))
+    rows = {name: len(tensor) for name, tensor in away if tensor.ndim}
+    names = [name for name, _ in away]
+    # Or layers that are here now would stay.
+    del away
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        tensor = getattr(model.get_submodule(path), leaf)
+        if name in rows:
+            tensor = tensor[: rows[name]]
+        for piece in _pieces(_plain_weight(name, tensor)):
+            whole.update(_digest(piece))
+    return whole.hexdigest()[:DIGITS]
+
+
+def _about(tensors: Sequence[Tensor], names: Sequence[str]) -> bytes:
+    about = [[n, str(t.dtype), list(t.shape)] for n, t in zip(names, tensors, strict=True)]
+    return json.dumps(about).encode()
 
 
 def config_fingerprint(cfg: HookedTransformerConfig) -> str:

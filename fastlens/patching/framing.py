@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fastlens.patching.frame import Frame, NullTest
 from fastlens.patching.model import PatchableModel
-from fastlens.patching.plan import Frame, NullTest
 from fastlens.patching.wave import Stem
 from fastlens.tokens import get_offset_position_ids
 
@@ -95,4 +95,5 @@ def frame_of(
         nulls=nulls or {},
         caches=frozenset(caches),
         itemsize=cfg.dtype.itemsize,
+        is_rotary=cfg.positional_embedding_type == "rotary",
     )

@@ -89,13 +89,18 @@ class HookedRuns:
             logits = self.model(final, start_at_layer=self.model.cfg.n_layers)
             yield part, logits.unflatten(0, (len(part), -1))
 
-    def runs_per_stack(self, n_bytes: int) -> int:
-        """Runs that fit one stack of about ``STACK_BYTES``."""
+    def runs_per_stack(self, n_bytes: int, most: int | None = None) -> int:
+        """Runs that fit one stack of about ``most`` bytes, by default ``STACK_BYTES``.
+
+        Args:
+            n_bytes: Of one number.
+        """
         cfg = self.model.cfg
         batch, n_pos = self.base.shape
         per_token = 8 * cfg.d_model + 6 * cfg.n_heads * cfg.d_head + 3 * cfg.n_heads * n_pos
         per_token += (0 if cfg.attn_only else 4 * cfg.d_mlp) + 3 * cfg.d_vocab_out
-        return max(1, STACK_BYTES // (batch * n_bytes * n_pos * per_token))
+        most = STACK_BYTES if most is None else most
+        return max(1, most // (batch * n_bytes * n_pos * per_token))
 
     def _hooks(self, runs: Sequence[Run]) -> list[tuple[str, "_PatchHook"]]:
         by_name: dict[str, _PatchHook] = {}

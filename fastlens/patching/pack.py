@@ -43,6 +43,22 @@ class Pack:
         table[own] = torch.arange(len(found), device=own.device)
         return cls(example, table, own, found[:, 0], found[:, 1])
 
+    @classmethod
+    def at(
+        cls,
+        example: Int[Tensor, " branch"],
+        branch: Int[Tensor, " row"],
+        pos: Int[Tensor, " row"],
+        n_pos: int,
+        batch: int,
+    ) -> "Pack":
+        """The pack whose rows are these, in this order; elsewhere a branch has its base run's."""
+        table = torch.full((len(example), n_pos), -1, dtype=torch.long, device=example.device)
+        table[branch, pos] = torch.arange(len(branch), device=example.device)
+        own = table >= 0
+        table = torch.where(own, table, table[:batch][example])
+        return cls(example, table, own, branch, pos)
+
     def __len__(self) -> int:
         return self.branch.shape[0]
 

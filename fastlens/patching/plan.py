@@ -7,16 +7,17 @@ says which runs need no work at all, in which order and chunks the others join, 
 each product will see.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from fastlens.errors import SweepError
+from fastlens.patching.frame import BLOCKS, Blocks, Frame, mask_of
 from fastlens.patching.runs import PlannedPatch, Run
-from fastlens.patching.sites import SITES, STAGES
+from fastlens.patching.sites import BY_ENTRY, SITES, STAGES
 
 # The first source of every sweep: the other prompt, same example, same place.
 OTHER = 0
@@ -24,94 +25,6 @@ OTHER = 0
 COUNTED = ("keys", "queries", "output", "mlp", "scores")
 KEYS, QUERIES, OUTPUT, MLP, SCORES = range(5)
 STAGE = {name: stage for stage, names in enumerate(STAGES) for name in names}
-
-# (patch, example) -> positions where the new value is known to be the old one.
-NullTest: TypeAlias = Callable[[PlannedPatch, int], frozenset[int]]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What the planner knows of model and prompts.
-
-    Attributes:
-        n_pos: Positions that can matter: up to the last one read, in a causal model.
-        first_difference: For each example, the first position at which token, mask or position
-            of the pair differ; ``n_pos`` where they do not.
-        needed: Positions whose logits are read.
-        columns: Vocabulary columns that are read.
-        has_source: Whether the other prompt is run as well.
-        nulls: Source number -> test for values that are equal to the base run's.
-        caches: Numbers of the sources whose values are looked up by hook name.
-        itemsize: Bytes of one number.
-    """
-
-    n_layers: int
-    n_pos: int
-    first_difference: tuple[int, ...]
-    needed: tuple[int, ...]
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
-    columns: int
-    is_causal: bool = True
-    is_parallel: bool = False
-    is_attn_only: bool = False
-    is_gated: bool = False
-    has_source: bool = True
-    nulls: Mapping[int, NullTest] = field(default_factory=dict)
-    caches: frozenset[int] = frozenset()
-    itemsize: int = 4
-
-    @property
-    def batch(self) -> int:
-        """Examples of every run."""
-        return len(self.first_difference)
-
-    @cached_property
-    def needed_mask(self) -> int:
-        """``needed`` as bits."""
-        return mask_of(self.needed)
-
-    def reach_of(self, rows: int) -> int:
-        """Rows that attention changes if keys or values of ``rows`` change."""
-        if not rows:
-            return 0
-        everything = (1 << self.n_pos) - 1
-        first = (rows & -rows).bit_length() - 1 if self.is_causal else 0
-        return everything & ~((1 << first) - 1)
-
-    def scores_of(self, rows: int) -> int:
-        """Pairs of query and key that these query rows look at."""
-        if not self.is_causal:
-            return rows.bit_count() * self.n_pos
-        low = (rows & -rows).bit_length() - 1
-        if rows and rows.bit_count() == rows.bit_length() - low:
-            return self.scores_between(low, rows.bit_length())
-        return sum(position + 1 for position in positions_of(rows))
-
-    def scores_between(self, start: int, stop: int) -> int:
-        """`scores_of` rows ``start .. stop - 1``."""
-        if not self.is_causal:
-            return (stop - start) * self.n_pos
-        return (stop * (stop + 1) - start * (start + 1)) // 2
-
-
-def mask_of(positions: Sequence[int]) -> int:
-    """Positions as bits."""
-    mask = 0
-    for position in positions:
-        mask |= 1 << position
-    return mask
-
-
-def positions_of(mask: int) -> Iterator[int]:
-    """The positions of the bits that are set, rising."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
 
 
 class Profile(NamedTuple):
@@ -122,12 +35,14 @@ class Profile(NamedTuple):
         peak: Most rows it holds at any time.
         entry: (layer, stage) of its first live patch.
         start: Its first row.
+        patched: Bytes that its patches take beside rows.
     """
 
     counts: np.ndarray
     peak: int
     entry: tuple[int, int]
     start: int
+    patched: int = 0
 
 
 def canonical(run: Run, n_layers: int, caches: Collection[int] = ()) -> tuple[PlannedPatch, ...]:
@@ -179,6 +94,8 @@ def live_masks(
 
 
 _ROWS = ("row", "query")
+# Where rows of runs that join are put beside the queries, keys and values of all.
+_HEADS = ("attn_in", "q_input", "k_input", "v_input", "q", "k", "v", "rot_q", "rot_k")
 
 
 def _null_mask(frame: Frame, patch: PlannedPatch, example: int) -> int:
@@ -270,11 +187,13 @@ class Chunk(NamedTuple):
         runs: Their numbers, in the order in which they join.
         first_layer: Where the first of them joins.
         rows: Most rows they hold at any time, the base runs' left out.
+        held: Most bytes, likewise.
     """
 
     runs: list[int]
     first_layer: int
     rows: int
+    held: int = 0
 
 
 @dataclass
@@ -290,7 +209,8 @@ class Plan:
         order: Runs that are computed, in the order in which they join.
         chunks: ``order`` in parts that fit the memory.
         counts: ``[layer, counted]`` of all computed runs, base runs left out.
-        rows, entries: Most rows, and first layer, of each run in ``order``.
+        rows, entries, held: Most rows, first layer and most bytes of each run in ``order``.
+        blocks: How much some products hold at a time.
     """
 
     frame: Frame
@@ -303,6 +223,8 @@ class Plan:
     counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     rows: list[int] = field(default_factory=list)
     entries: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    blocks: Blocks = BLOCKS
 
     def split(self, memory: int) -> None:
         """Cut the order into chunks that stay within ``memory`` bytes.
@@ -310,43 +232,156 @@ class Plan:
         Raises: SweepError if one run alone needs more, with the smallest budget that would do.
         """
         self.chunks = []
-        if not self.order:
-            return
-        row, fixed = self.row_bytes, self.fixed_bytes
-        largest = max(self.rows)
-        if fixed + largest * row > memory:
+        if self.order:
+            self.blocks = self.blocks_within(memory)
+            self.chunks = self.chunks_within(memory)
+
+    def blocks_within(self, memory: int) -> Blocks:
+        """What products may hold at a time, for chunks to have most of ``memory``.
+
+        Raises: SweepError as `split`.
+        """
+        ample = replace(self, blocks=BLOCKS)
+        if ample.taken(len(self.order), sum(self.held)) <= memory:
+            return BLOCKS
+        least = self._least_blocks()
+        needed = self.least_bytes
+        if needed > memory:
+            base, largest = self._base_bytes, max(self.held)
             raise SweepError(
-                f"memory={memory:,} bytes is too little: the base run takes {fixed:,} and the "
-                f"largest run {largest * row:,}. Give at least {fixed + largest * row:,}."
+                f"memory={memory:,} bytes is too little: the base run takes {base:,}, the largest "
+                f"run {largest:,} and its products {needed - base - largest:,}. Give at least "
+                f"{needed:,}."
             )
-        room = (memory - fixed) // row
+        # They take turns, so each may have this share of what is left.
+        spare = (memory - needed) // 16
+        return Blocks(
+            *(
+                min(most, max(few, (few * most_of + spare) // most_of))
+                for few, most, most_of in zip(least, BLOCKS, (2, 3, 2, 2), strict=True)
+            )
+        )
+
+    def _least_blocks(self) -> Blocks:
+        """Without which nothing runs: of a few rows."""
+        f = self.frame
+        keys = f.n_pos * f.d_head * f.itemsize
+        logits = max(4 * f.columns * max(4, f.itemsize), self._logits_of_one)
+        return Blocks(LEAST_MLP_ROWS * f.hidden_bytes, 2 * keys, logits, BLOCKS.codes // 16)
+
+    @cached_property
+    def _kinds(self) -> tuple[bool, bool]:
+        """Whether any patch is of a pattern, and of codes."""
+        patches = [patch for patches in self.patches for patch in patches]
+        return (
+            any(SITES[patch.site].axes[-1] == "key_pos" for patch in patches),
+            any(patch.codes is not None for patch in patches),
+        )
+
+    @property
+    def _logits_of_one(self) -> int:
+        """Logits of one run that a metric reads."""
+        f = self.frame
+        return f.batch * len(f.needed) * f.columns * f.itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget that works: the largest run alone."""
+        return replace(self, blocks=self._least_blocks()).taken(1, max(self.held, default=0))
+
+    def chunks_within(self, memory: int) -> list[Chunk]:
+        """The order in parts that take ``memory`` bytes each, with these blocks; a run that takes
+        more is alone in its part."""
+        chunks: list[Chunk] = []
         part: list[int] = []
-        held = 0
-        first = 0
-        for number, rows, layer in zip(self.order, self.rows, self.entries, strict=True):
-            if part and held + rows > room:
-                self.chunks.append(Chunk(part, first, held))
-                part, held = [], 0
+        rows = held = first = 0
+        for number, more, layer, size in zip(
+            self.order, self.rows, self.entries, self.held, strict=True
+        ):
+            if part and self.taken(len(part) + 1, held + size) > memory:
+                chunks.append(Chunk(part, first, rows, held))
+                part, rows, held = [], 0, 0
             if not part:
                 first = layer
             part.append(number)
-            held += rows
-        self.chunks.append(Chunk(part, first, held))
+            rows += more
+            held += size
+        if part:
+            chunks.append(Chunk(part, first, rows, held))
+        return chunks
+
+    def part(self, runs: Sequence[int]) -> Chunk:
+        """A chunk of these runs, in this order."""
+        at = self._place
+        where = [at[run] for run in runs]
+        return Chunk(
+            list(runs),
+            min((self.entries[i] for i in where), default=0),
+            sum(self.rows[i] for i in where),
+            sum(self.held[i] for i in where),
+        )
+
+    @cached_property
+    def _place(self) -> dict[int, int]:
+        return {number: i for i, number in enumerate(self.order)}
+
+    @property
+    def base_rows(self) -> int:
+        """Rows of the base runs and of the other prompts, which every chunk has."""
+        f = self.frame
+        return f.batch * f.n_pos * (2 if f.has_source else 1)
 
     @property
     def row_bytes(self) -> int:
-        """What one packed row takes at its widest, in attention, with its share of the tables."""
+        """What one packed row takes at its widest."""
+        return self.frame.row_bytes + self.frame.joining_bytes * self._joins_inside
+
+    @cached_property
+    def _joins_inside(self) -> bool:
+        return any(patch.site in _HEADS for run in self.runs for patch in run.patches)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What one packed row takes between two layers: the stream, and whose it is."""
+        return self.frame.itemsize * self.frame.d_model + 8
+
+    def waiting(self, chunk: Chunk) -> int:
+        """What a chunk takes between two layers, at most."""
+        return (chunk.rows + self.base_rows) * self.waiting_bytes + 16 * len(COUNTED) * (
+            self.frame.n_layers
+        )
+
+    @property
+    def _base_bytes(self) -> int:
         f = self.frame
-        heads = f.n_heads + 2 * f.n_kv_heads
-        numbers = 3 * f.d_model + 2 * heads * f.d_head + f.n_heads * f.d_head
-        return f.itemsize * numbers + 64
+        branches = f.batch * (2 if f.has_source else 1)
+        # In the pack, at the embedding, and alone where the next chunk begins.
+        rows = self.base_rows * (self.row_bytes + 2 * f.itemsize * f.d_model)
+        return rows + branches * f.branch_bytes
+
+    def _gather_bytes(self, n_runs: int) -> int:
+        """Keys and values that attention gathers at a time, as they are and for each query head."""
+        f = self.frame
+        branches = f.batch * (n_runs + 2)
+        each = f.n_pos * 2 * f.n_kv_heads * f.d_head * f.itemsize
+        return 2 * max(each, min(GATHER_BYTES, branches * each))
 
     @property
     def fixed_bytes(self) -> int:
-        """What does not grow with the runs: base rows in every layer, and blocks of the MLP."""
-        f = self.frame
-        base = f.batch * f.n_pos * (2 if f.has_source else 1)
-        return base * (self.row_bytes + f.itemsize * f.n_layers * f.d_model) + MLP_BYTES
+        """What is there for one run already: base rows, and what products hold at a time."""
+        return self.taken(1, 0)
+
+    def taken(self, n_runs: int, held: int) -> int:
+        """What so many runs take at their widest that hold so many bytes themselves."""
+        rows = self.base_rows + held // self.row_bytes
+        hidden, logits = rows * self.frame.hidden_bytes, 4 * (n_runs + 2) * self._logits_of_one
+        blocks = self.blocks.largest(hidden, logits, *self._kinds)
+        return self._base_bytes + max(blocks, self._gather_bytes(n_runs)) + held
+
+    def peak_bytes(self) -> int:
+        """Most that a chunk under way takes."""
+        taken = (self.taken(len(chunk.runs), chunk.held) for chunk in self.chunks)
+        return max(taken, default=self.fixed_bytes)
 
     def base_counts(self) -> np.ndarray:
         """``[layer, counted]`` of the base run and the rows of the other prompt that differ."""
@@ -364,13 +399,14 @@ class Plan:
         return total
 
     def total_counts(self) -> np.ndarray:
-        """All that runs: every chunk brings the base rows along, from its first layer on; for
-        several chunks the base rows go once by themselves up to the last layer before."""
+        """All that runs: every chunk brings the base rows along, from its first layer on; before
+        the last chunk's first layer they go once by themselves."""
         base = self.base_counts()
-        if len(self.chunks) < 2:
+        if not self.chunks:
             return self.counts + base
         total = self.counts.copy()
-        total[:-1] += base[:-1]
+        before = max(chunk.first_layer for chunk in self.chunks)
+        total[:before] += base[:before]
         for chunk in self.chunks:
             total[chunk.first_layer :] += base[chunk.first_layer :]
         return total
@@ -394,8 +430,10 @@ class Plan:
 
 # Profiles of runs of several patches that are kept for others alike.
 KEPT_PROFILES = 10_000
-# Hidden activations of the MLP that are held at once.
-MLP_BYTES = 96 * 2**20
+# Rows that an MLP takes at a time, at least.
+LEAST_MLP_ROWS = 64
+# Keys and values that a piece of attention gathers: `torch_suffix_attention.GATHER_BYTES`.
+GATHER_BYTES = 24 * 2**20
 
 
 def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> Plan:
@@ -409,7 +447,8 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
     totals: dict[int, tuple[Profile, int]] = {}
     profiles: dict[tuple, Profile | str] = {}
     examples = _kinds_of_example(frame)
-    found: list[tuple[tuple[int, int], int, int, int]] = []
+    found: list[tuple[tuple[int, int], int, int, int, int]] = []
+    row, branch = plan.row_bytes, frame.branch_bytes
     for number, run in enumerate(runs):
         patches = canonical(run, frame.n_layers, frame.caches)
         plan.patches.append(patches)
@@ -418,6 +457,7 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
         if first != number:
             continue
         rows, entry, start, reason = 0, (frame.n_layers, 0), frame.n_pos, "null"
+        held = 0
         # Runs come in many alike: of all heads, say. Nulls by value are each run's own.
         place = None
         if not frame.nulls and (len(patches) == 1 or len(profiles) < KEPT_PROFILES):
@@ -432,6 +472,7 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
                 reason = "dead" if profile == "dead" else reason
                 continue
             rows += profile.peak * times
+            held += (profile.peak * row + branch + profile.patched) * times
             entry, start = min(entry, profile.entry), min(start, profile.start)
             if place is None:
                 plan.counts += profile.counts * times
@@ -439,19 +480,20 @@ def plan_runs(frame: Frame, runs: Sequence[Run], memory: int | None = None) -> P
                 before = totals.get(id(profile), (profile, 0))[1]
                 totals[id(profile)] = (profile, before + times)
         if rows:
-            found.append((entry, start, number, rows))
+            found.append((entry, start, number, rows, held))
         else:
             plan.why_not[number] = reason
     found.sort()
-    plan.order = [number for _, _, number, _ in found]
-    plan.rows = [rows for _, _, _, rows in found]
-    plan.entries = [entry[0] for entry, _, _, _ in found]
+    plan.order = [number for _, _, number, _, _ in found]
+    plan.rows = [rows for *_, rows, _ in found]
+    plan.held = [held for *_, held in found]
+    plan.entries = [entry[0] for entry, *_ in found]
     for profile, times in totals.values():
         plan.counts += profile.counts * times
     if memory is not None:
         plan.split(memory)
     elif plan.order:
-        plan.chunks = [Chunk(plan.order, plan.entries[0], sum(plan.rows))]
+        plan.chunks = [Chunk(plan.order, plan.entries[0], sum(plan.rows), sum(plan.held))]
     return plan
 
 
@@ -465,7 +507,7 @@ def unplanned(frame: Frame, runs: Sequence[Run]) -> Plan:
     plan.counts = np.zeros((frame.n_layers, len(COUNTED)), dtype=np.int64)
     first = [min(patch.layer for patch in run.patches) for run in runs]
     plan.order = sorted(range(len(runs)), key=first.__getitem__)
-    plan.rows = [0] * len(runs)
+    plan.rows, plan.held = [0] * len(runs), [0] * len(runs)
     plan.entries = [first[number] for number in plan.order]
     for start in range(0, len(runs), HOOKED_RUNS):
         part = plan.order[start : start + HOOKED_RUNS]
@@ -488,7 +530,8 @@ def _profile_or_reason(
 ) -> Profile | str:
     steps = live_steps(frame, patches, example)
     if steps:
-        return profile_of(frame, steps) or "dead"
+        profile = profile_of(frame, steps)
+        return "dead" if profile is None else profile._replace(patched=_patched(frame, patches))
     unread = any(
         mask or (patch.pos is not None and max(patch.pos) >= frame.n_pos)
         for patch, mask in zip(
@@ -496,6 +539,28 @@ def _profile_or_reason(
         )
     )
     return "dead" if unread else "null"
+
+
+def _patched(frame: Frame, patches: Sequence[PlannedPatch]) -> int:
+    """Bytes that a branch's patches take: of every entry its place, and in one layer the values
+    of single heads."""
+    places, values = 0, [0] * frame.n_layers
+    for patch in patches:
+        entries = frame.n_pos if patch.pos is None else len(patch.pos)
+        if patch.site in BY_ENTRY:
+            site = SITES[patch.site]
+            n_heads = frame.n_kv_heads if site.is_per_kv_head else frame.n_heads
+            entries *= n_heads if patch.columns is None else len(patch.columns)
+            width = frame.n_pos if site.axes[-1] == "key_pos" else frame.d_model
+            values[patch.layer] += 4 * entries * width * frame.itemsize
+        elif patch.columns is not None:
+            entries *= len(patch.columns)
+        places += PLACE_BYTES * entries
+    return places + max(values)
+
+
+# What one patched entry takes beside its value: where it is, as lists and as arrays.
+PLACE_BYTES = 160
 
 
 def live_steps(

@@ -8,25 +8,26 @@ import torch
 from torch import Tensor
 
 from fastlens.errors import SweepError, did_you_mean
-from fastlens.memory import bytes_of, free_bytes, said_bytes
+from fastlens.memory import said_bytes
+from fastlens.patching.budget import allowed_bytes, means_of
 from fastlens.patching.codes import Codes, PlacedCodes
 from fastlens.patching.evaluate import Wants, keeping_all, merged, wants_of
+from fastlens.patching.frame import NullTest
 from fastlens.patching.framing import frame_of, stem_of
 from fastlens.patching.grid import Grid, given_runs, grid_of
 from fastlens.patching.metrics import Reading, reading_of
 from fastlens.patching.model import PatchableModel, check_patchable
 from fastlens.patching.patch import Patch, Sources, Value
-from fastlens.patching.plan import COUNTED, MLP, QUERIES, NullTest, Plan, plan_runs, unplanned
+from fastlens.patching.plan import COUNTED, MLP, QUERIES, Plan, plan_runs, unplanned
 from fastlens.patching.prompts import Direction, Prompt, Prompts, prompt_record, prompts_of
 from fastlens.patching.runs import Run, Selection
 from fastlens.patching.sites import SITES
 from fastlens.patching.sources import Source
 from fastlens.patching.strategy import LAYER_SKIP, Strategy, strategy_of
+from fastlens.patching.traffic import Passes, cut_and_ordered
 from fastlens.patching.wave import Stem
 
 Metrics: TypeAlias = Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | Mapping[str, Any]
-# Part of the free memory that a sweep takes unless told.
-FREE_SHARE = 0.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +48,7 @@ class SweepPlan:
         has_other: Whether the other prompt is run.
         gradients: Whether the scores keep their graph.
         codes: What `PlannedPatch.codes` counts.
+        passes: In which order chunks go through the layers, and what that reads and writes.
     """
 
     model: PatchableModel
@@ -67,6 +69,7 @@ class SweepPlan:
     has_other: bool = True
     gradients: bool = False
     codes: Sequence[PlacedCodes] = ()
+    passes: Passes = field(default_factory=lambda: Passes(()))
 
     @property
     def base(self) -> Tensor:
@@ -96,12 +99,14 @@ class SweepPlan:
             caches=frame.caches,
         )
         runs = [self.runs[number] for number in numbers]
-        plan = plan_runs(full, runs, self.memory)
+        plan = plan_runs(full, runs)
+        passes = cut_and_ordered(plan, self.memory, means_of(self.model))
         return replace(
             self,
             grid=replace(self.grid, runs=runs),
             wants=keeping_all(self.wants),
             plan=plan,
+            passes=passes,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -124,6 +129,7 @@ class SweepPlan:
         total = plan.total_counts()
         return summary | {
             "chunks": len(plan.chunks),
+            **self.passes.summary(),
             "rows": {name: int(n) for name, n in zip(COUNTED, total.sum(0), strict=True)},
             "flops": int(plan.flops(total).sum()) + self.unembed_flops(),
             "flops_one_by_one": plan.plain_flops() * len(self.runs),
@@ -192,10 +198,10 @@ def explained(query: SweepPlan) -> str:
         f"work: {summary['flops'] / 1e9:,.3g} GFLOP; one forward per run would take "
         f"{summary['flops_one_by_one'] / 1e9:,.3g} ({ratio:.3g} x)"
     )
-    most = max((chunk.rows for chunk in plan.chunks), default=0)
+    lines += query.passes.lines()
     lines.append(
-        f"memory: at most {said_bytes(plan.fixed_bytes + most * plan.row_bytes)} predicted, "
-        f"of {said_bytes(query.memory)} allowed"
+        f"memory: at most {said_bytes(query.passes.held)} predicted, of {said_bytes(query.memory)} "
+        f"allowed"
     )
     return "\n".join(lines)
 
@@ -329,9 +335,11 @@ def framed(
         nulls=nulls,
         caches=[number for number, source in enumerate(sources) if source.kind == "cache"],
     )
-    allowed = int(free_bytes(device) * FREE_SHARE) if memory is None else bytes_of(memory)
+    allowed = allowed_bytes(model, memory)
+    passes = Passes(())
     if strategy.is_wave:
-        made = plan_runs(frame, grid.runs, allowed)
+        made = plan_runs(frame, grid.runs)
+        passes = cut_and_ordered(made, allowed, means_of(model))
     else:
         made = unplanned(frame, grid.runs)
     return SweepPlan(
@@ -343,6 +351,7 @@ def framed(
         has_other=has_other,
         gradients=gradients,
         codes=codes,
+        passes=passes,
     )
 
 

@@ -8,9 +8,9 @@ import torch
 from fastlens.errors import SourceError
 from fastlens.patching.fingerprint import config_fingerprint, weights_fingerprint
 from fastlens.patching.metrics import Metric
-from fastlens.patching.plan import Chunk
 from fastlens.patching.query import SweepPlan
 from fastlens.patching.sources import Source
+from fastlens.patching.traffic import Passes, alone
 
 
 def key_of(query: SweepPlan) -> dict[str, Any]:
@@ -39,7 +39,9 @@ def key_of(query: SweepPlan) -> dict[str, Any]:
 
 def layout_of(query: SweepPlan) -> dict[str, Any]:
     """How this sweep is cut up, and what its bytes depend on beside its key."""
-    return {
+    # Where there was something to choose: it is said in the scores, whose bytes stay the same.
+    passes = {"passes": query.passes.record()} if query.passes.choices else {}
+    return passes | {
         "strategy": query.strategy.name,
         "chunks": [chunk.runs for chunk in query.plan.chunks],
         "memory": query.memory,
@@ -60,9 +62,9 @@ def plan_from_layout(query: SweepPlan, layout: dict[str, Any]) -> SweepPlan:
             f"{query.strategy.name!r} ({query.strategy.because or 'no hooks are live'}). Use "
             f"another folder."
         )
-    plan = query.plan
-    query = replace(query, memory=int(layout["memory"]))
-    if not query.strategy.is_wave or layout["chunks"] == [chunk.runs for chunk in plan.chunks]:
+    plan, memory = query.plan, int(layout["memory"])
+    query = replace(query, memory=memory)
+    if not query.strategy.is_wave:
         return query
     stored = [run for runs in layout["chunks"] for run in runs]
     if sorted(stored) != sorted(plan.order):
@@ -70,13 +72,12 @@ def plan_from_layout(query: SweepPlan, layout: dict[str, Any]) -> SweepPlan:
             f"the folder's sweep computes {len(stored)} runs and this one {len(plan.order)}: it "
             f"was planned by another version of fastlens. Use another folder."
         )
-    entry = dict(zip(plan.order, plan.entries, strict=True))
-    rows = dict(zip(plan.order, plan.rows, strict=True))
-    chunks = [
-        Chunk(runs, min(entry[run] for run in runs), sum(rows[run] for run in runs))
-        for runs in layout["chunks"]
-    ]
-    return replace(query, plan=replace(plan, chunks=chunks))
+    plan = replace(plan, chunks=[plan.part(runs) for runs in layout["chunks"]])
+    if plan.order:
+        # What products hold at a time shows in the last bits, too.
+        plan.blocks = plan.blocks_within(memory)
+    passes = Passes.of_record(layout["passes"]) if "passes" in layout else alone(plan)
+    return replace(query, plan=plan, passes=passes)
 
 
 def _source(source: Source) -> dict[str, Any]:

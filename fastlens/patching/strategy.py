@@ -60,6 +60,8 @@ def strategy_of(
     foreign = _foreign(model)
     if foreign is not None:
         return Strategy(STACKED, f"{foreign}, and what it computes is not known")
+    if getattr(model, "placement", None) is not None:
+        return Strategy(STACKED, "its layers lie on several devices, and the wave runs on one")
     if model.cfg.attention_dir != "causal":
         return Strategy(LAYER_SKIP, "attention is bidirectional: a patch reaches every position")
     return Strategy(WAVE)

@@ -86,7 +86,8 @@ def sweep(
             clean), whatever the metric says itself.
         attention_mask: 0 for padding, for tokens given as ``[batch, pos]``.
         memory: What the sweep may take beside model and results: bytes, or ``"2GiB"``; by default
-            half of what is free. The answer does not depend on it beyond rounding.
+            half of what is free, or what ``max_memory`` leaves beside streamed weights. The answer
+            does not depend on it beyond rounding.
         seed: For ``source="resample"``.
         gradients: Keep the graph, so that ``scores.values`` can be differentiated with respect to
             source tensors and weights that require gradients. One forward per run, all kept.
@@ -95,7 +96,8 @@ def sweep(
             By default one, or as many as cost 5 % of the work.
         progress: Show a bar if it takes longer than two seconds.
         out: A folder. Finished parts are written there as the sweep goes, and a sweep that was
-            interrupted goes on from them; the scores are saved there.
+            interrupted goes on from them; the scores are saved there. Where chunks go layer by
+            layer (``plan(...).explain()`` says so) a group of them is finished at once.
 
     Returns: `Scores` with ``values`` indexed by ``by``: the metric itself, or its fraction of the
     gap. ``reference`` is the run that was not patched. ``per_example`` has the value of each pair

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlens.patching.plan import Chunk, Plan, live_masks, live_steps, positions_of, profile_of
+from fastlens.patching.frame import positions_of
+from fastlens.patching.plan import Chunk, Plan, live_masks, live_steps, profile_of
 from fastlens.patching.runs import Index
 from fastlens.patching.sites import BY_ENTRY, SITES
 

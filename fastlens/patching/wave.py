@@ -6,8 +6,8 @@ patch is in the layer join there. See `fastlens.patching.pack` for how rows are 
 `fastlens.patching.plan` for which runs are here at all.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlens.patching.codes import PlacedCodes
+from fastlens.patching.frame import BLOCKS, Blocks, Frame
 from fastlens.patching.pack import Pack
-from fastlens.patching.plan import COUNTED, Frame
+from fastlens.patching.plan import COUNTED
 from fastlens.patching.sources import Source
 from fastlens.patching.uses import ChunkUse
 from fastlens.patching.wave_layer import WaveLayer
@@ -59,7 +60,7 @@ class Final:
 
 @dataclass
 class Wave:
-    """One pass over the layers for one chunk.
+    """What all chunks of a sweep share, and the base runs' stream as far as it was made.
 
     Attributes:
         model: A model of plain fastlens modules.
@@ -67,14 +68,8 @@ class Wave:
         stem: Base runs and other prompts at the embedding.
         sources: What `PlannedPatch.value` counts.
         n_all_pos: Positions of the prompts; ``frame.n_pos`` may be fewer.
-        streams: Layer -> the stems' own rows as they enter it.
-        keep_streams: Whether to fill ``streams``, for chunks whose runs join at later layers.
         codes: What `PlannedPatch.codes` counts.
-        pack: Which packed row is whose, as of now.
-        n_stems: Branches of base runs and other prompts, which come first.
-        stem_of: The stem whose masks and positions are a branch's.
-        key_mask: Each branch's mask, False where a key is padding; or None.
-        needed: Positions whose logits are read.
+        blocks: How much some products hold at a time.
     """
 
     model: Any
@@ -82,74 +77,191 @@ class Wave:
     stem: Stem
     sources: list[Source]
     n_all_pos: int
-    streams: dict[int, Tensor] = field(default_factory=dict)
-    keep_streams: bool = False
     codes: Sequence[PlacedCodes] = ()
-    pack: Pack = field(init=False)
-    n_stems: int = field(init=False, default=0)
-    stem_of: Int[Tensor, " branch"] = field(init=False)
-    key_mask: Bool[Tensor, "branch pos"] | None = field(init=False, default=None)
-    needed: Bool[Tensor, " pos"] = field(init=False)
+    blocks: Blocks = BLOCKS
+    _stems: "ChunkState | None" = None
+
+    @property
+    def n_stems(self) -> int:
+        """Branches of base runs and other prompts, which come first."""
+        return self.stem.residual.shape[0]
 
     def run(self, use: ChunkUse, first_layer: int = 0) -> Final:
-        """All branches of the chunk to the end.
+        """All branches of one chunk to the end.
 
         Args:
             use: Who patches what.
-            first_layer: Where the first run joins; earlier layers are left out if their streams
-                are kept.
+            first_layer: Where the first run joins; before it the base runs go alone, once for
+                chunks that are made in the order in which they join.
         """
-        frame, model = self.frame, self.model
-        if self.keep_streams and not self.streams:
-            self._fill_streams()
-        layer = first_layer if first_layer in self.streams else 0
-        x = self._start(use, layer)
-        counts = torch.zeros(frame.n_layers, len(COUNTED), dtype=torch.long)
-        for block in model.blocks[layer:]:
-            x = WaveLayer(self, use, layer, block, counts[layer]).run(x)
-            layer += 1
-        return Final(x, self.pack.table, self.n_stems, counts)
+        layers = range(first_layer, self.frame.n_layers)
+        state = self.begun(use, first_layer)
+        for layer in layers:
+            state.advance(self.model.blocks[layer])
+        return state.final()
 
-    def _fill_streams(self) -> None:
-        """The stems alone, layer by layer.
+    def begun(self, use: ChunkUse, layer: int) -> "ChunkState":
+        """A chunk where ``layer`` begins: only base runs and other prompts have rows of their own.
 
-        Not taken from a chunk on the way: the rows beside them would show in their last bits, and
-        so would which chunks a resumed sweep has found finished.
+        The stream is that of the base runs alone, never that of another chunk on its way: the rows
+        beside them would show in their last bits, and so would which chunks a resumed sweep has
+        found finished.
         """
-        nobody = ChunkUse(np.zeros((0, self.frame.batch), np.int64), np.zeros(0, np.int64))
-        x = self._start(nobody, 0)
-        counts = torch.zeros(len(COUNTED), dtype=torch.long)
-        for layer, block in enumerate(self.model.blocks[:-1], 1):
-            x = WaveLayer(self, nobody, layer - 1, block, counts).run(x)
-            stems = self.pack.table[: self.n_stems][self.pack.own[: self.n_stems]]
-            self.streams[layer] = x[stems]
+        if not layer:
+            return ChunkState.at_the_embedding(self, use)
+        stems = self.stems_at(layer)
+        state = ChunkState.at_the_embedding(self, use)
+        state.layer = layer
+        state.x = stems.x[stems.pack.table[: self.n_stems][stems.pack.own[: self.n_stems]]]
+        return state
 
-    def _start(self, use: ChunkUse, layer: int) -> Tensor:
-        """The pack of base runs and other prompts, and their stream where ``layer`` begins."""
-        frame, device = self.frame, self.stem.residual.device
+    def stems_at(self, layer: int) -> "ChunkState":
+        """Base runs and other prompts alone, where ``layer`` begins."""
+        if self._stems is None or self._stems.layer > layer:
+            nobody = ChunkUse(np.zeros((0, self.frame.batch), np.int64), np.zeros(0, np.int64))
+            self._stems = ChunkState.at_the_embedding(self, nobody)
+        while self._stems.layer < layer:
+            self._stems.advance(self.model.blocks[self._stems.layer])
+        return self._stems
+
+    def forget_stems(self) -> None:
+        """Free the base runs' stream; the next chunk makes it again."""
+        self._stems = None
+
+
+@dataclass
+class ChunkState:
+    """One chunk where a layer begins: all that it needs to go on, in memory or out of it.
+
+    Attributes:
+        wave: What it shares with other chunks.
+        use: Who patches what.
+        layer: The next one.
+        pack: Which packed row is whose.
+        stem_of: The stem whose masks and positions are a branch's.
+        key_mask: Each branch's mask, False where a key is padding; or None.
+        needed: Positions whose logits are read.
+        counts: Rows that the products saw so far, as `plan.COUNTED`.
+    """
+
+    wave: Wave
+    use: ChunkUse
+    layer: int
+    pack: Pack
+    stem_of: Int[Tensor, " branch"]
+    key_mask: Bool[Tensor, "branch pos"] | None
+    needed: Bool[Tensor, " pos"]
+    counts: Int[Tensor, "layer counted"]
+    _x: Tensor | None = None
+
+    @classmethod
+    def at_the_embedding(cls, wave: Wave, use: ChunkUse) -> "ChunkState":
+        """Base runs and other prompts in front of the first layer."""
+        frame, device, n_stems = wave.frame, wave.stem.residual.device, wave.n_stems
         batch, n_pos = frame.batch, frame.n_pos
-        self.n_stems = self.stem.residual.shape[0]
-        own = torch.zeros(self.n_stems + len(use.example), n_pos, dtype=torch.bool, device=device)
+        own = torch.zeros(n_stems + len(use.example), n_pos, dtype=torch.bool, device=device)
         own[:batch] = True
         if frame.has_source:
             first = torch.tensor(frame.first_difference, device=device)
-            own[batch : self.n_stems] = torch.arange(n_pos, device=device) >= first[:, None]
+            own[batch:n_stems] = torch.arange(n_pos, device=device) >= first[:, None]
             if not frame.is_causal:
-                own[batch : self.n_stems] = True
-        examples = torch.arange(batch, device=device)
-        of_stems = examples.repeat(self.n_stems // batch)
-        example = torch.cat([of_stems, torch.from_numpy(use.example).to(device)])
-        self.pack = Pack.of(example, own, batch)
+                own[batch:n_stems] = True
+        state = cls._of(wave, use, 0, Pack.of(_examples(wave, use), own, batch))
+        state.x = wave.stem.residual[state.pack.branch, state.pack.pos]
+        return state
+
+    @classmethod
+    def _of(cls, wave: Wave, use: ChunkUse, layer: int, pack: Pack) -> "ChunkState":
+        frame, device = wave.frame, wave.stem.residual.device
+        number = torch.arange(len(pack.example), device=device)
         # Base branches share a row of masks and positions with the runs made from them.
-        self.stem_of = torch.where(
-            torch.arange(len(example), device=device) < self.n_stems,
-            torch.arange(len(example), device=device),
-            example,
-        )
-        mask = self.stem.key_mask
-        self.key_mask = None if mask is None else mask[self.stem_of, :n_pos]
-        self.needed = torch.zeros(n_pos, dtype=torch.bool, device=device)
-        self.needed[list(frame.needed)] = True
-        if layer:
-            return self.streams[layer]
-        return self.stem.residual[self.pack.branch, self.pack.pos]
+        stem_of = torch.where(number < wave.n_stems, number, pack.example)
+        mask = wave.stem.key_mask
+        key_mask = None if mask is None else mask[stem_of, : frame.n_pos]
+        needed = torch.zeros(frame.n_pos, dtype=torch.bool, device=device)
+        needed[list(frame.needed)] = True
+        counts = torch.zeros(frame.n_layers, len(COUNTED), dtype=torch.long)
+        return cls(wave, use, layer, pack, stem_of, key_mask, needed, counts)
+
+    @property
+    def x(self) -> Tensor:
+        """The stream's packed rows."""
+        assert self._x is not None, "a chunk was used after a layer of it had failed"
+        return self._x
+
+    @x.setter
+    def x(self, rows: Tensor) -> None:
+        self._x = rows
+
+    @property
+    def frame(self) -> Frame:
+        """What the plan was made for."""
+        return self.wave.frame
+
+    @property
+    def sources(self) -> list[Source]:
+        """What `PlannedPatch.value` counts."""
+        return self.wave.sources
+
+    @property
+    def codes(self) -> Sequence[PlacedCodes]:
+        """What `PlannedPatch.codes` counts."""
+        return self.wave.codes
+
+    @property
+    def n_all_pos(self) -> int:
+        """Positions of the prompts."""
+        return self.wave.n_all_pos
+
+    @property
+    def n_stems(self) -> int:
+        """Branches of base runs and other prompts."""
+        return self.wave.n_stems
+
+    @property
+    def stem(self) -> Stem:
+        """Masks and positions."""
+        return self.wave.stem
+
+    @property
+    def blocks(self) -> Blocks:
+        """How much some products hold at a time."""
+        return self.wave.blocks
+
+    def advance(self, block: Any) -> None:
+        """Through the next layer. After an error the chunk cannot go on: its rows may be edited."""
+        layer, waiting = self.layer, [self.x]
+        self._x = None
+        # Handed over, so that the layer can free it.
+        out = WaveLayer(self, self.use, layer, block, self.counts[layer]).run(waiting.pop())
+        self._x = out
+        self.layer += 1
+
+    def final(self) -> Final:
+        """The end, behind the last layer."""
+        return Final(self.x, self.pack.table, self.n_stems, self.counts)
+
+    def packed(self) -> dict[str, Tensor]:
+        """What `unpacked` cannot work out: rows, whose they are, and counts."""
+        whose = torch.stack([self.pack.branch, self.pack.pos]).int()
+        return {"x": self.x, "whose": whose, "counts": self.counts}
+
+    @classmethod
+    def unpacked(
+        cls, wave: Wave, use: ChunkUse, layer: int, tensors: Mapping[str, Tensor]
+    ) -> "ChunkState":
+        """The state that gave ``packed``, on the wave's device."""
+        device = wave.stem.residual.device
+        branch, pos = tensors["whose"].to(device).long()
+        example, frame = _examples(wave, use), wave.frame
+        state = cls._of(wave, use, layer, Pack.at(example, branch, pos, frame.n_pos, frame.batch))
+        state.x = tensors["x"].to(device)
+        state.counts = tensors["counts"].cpu()
+        return state
+
+
+def _examples(wave: Wave, use: ChunkUse) -> Tensor:
+    """Of each branch."""
+    device, batch = wave.stem.residual.device, wave.frame.batch
+    of_stems = torch.arange(batch, device=device).repeat(wave.n_stems // batch)
+    return torch.cat([of_stems, torch.from_numpy(use.example).to(device)])

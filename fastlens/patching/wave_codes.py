@@ -124,7 +124,7 @@ class _Edit:
         has_whole = any(entries.column is None for entries in steps)
         self.is_sparse = self.matrix is not None and not has_whole
         each = codes.n_features * codes.like.element_size()
-        self.size = max(1, CODES_BYTES // (4 * each))
+        self.size = max(1, min(CODES_BYTES, layer.wave.blocks.codes) // (4 * each))
 
     def changes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Items that change, and by how much their rows do."""

@@ -22,8 +22,9 @@ from fastlens.kernels.reference import score_rows
 from fastlens.ops.patch_sites import patch_sites_
 from fastlens.ops.suffix_attention import suffix_attention
 from fastlens.patching.codes import PlacedCodes
+from fastlens.patching.frame import Blocks, Frame
 from fastlens.patching.pack import Pack, regrouped, spans_of
-from fastlens.patching.plan import Frame
+from fastlens.patching.plan import LEAST_MLP_ROWS
 from fastlens.patching.sites import CHANGING_KEYS, SITES
 from fastlens.patching.sources import Source, applied
 from fastlens.patching.uses import ChunkUse, Entries
@@ -37,18 +38,47 @@ HIDDEN_BYTES = 48 * 2**20
 
 @runtime_checkable
 class Surroundings(Protocol):
-    """What a layer needs of its wave."""
+    """What a layer needs of its chunk and wave."""
 
-    frame: Frame
-    sources: list[Source]
-    codes: Sequence[PlacedCodes]
-    n_all_pos: int
-    n_stems: int
     pack: Pack
-    stem: Any
     stem_of: Int[Tensor, " branch"]
     key_mask: Bool[Tensor, "branch pos"] | None
     needed: Bool[Tensor, " pos"]
+
+    @property
+    def frame(self) -> Frame:
+        """What the plan was made for."""
+        ...
+
+    @property
+    def sources(self) -> list[Source]:
+        """What `PlannedPatch.value` counts."""
+        ...
+
+    @property
+    def codes(self) -> Sequence[PlacedCodes]:
+        """What `PlannedPatch.codes` counts."""
+        ...
+
+    @property
+    def blocks(self) -> Blocks:
+        """How much some products hold at a time."""
+        ...
+
+    @property
+    def n_all_pos(self) -> int:
+        """Positions of the prompts."""
+        ...
+
+    @property
+    def n_stems(self) -> int:
+        """Branches of base runs and other prompts."""
+        ...
+
+    @property
+    def stem(self) -> Any:
+        """Masks and positions."""
+        ...
 
 
 class WaveLayer:
@@ -77,6 +107,8 @@ class WaveLayer:
     def run(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row_after d_model"]:
         """The stream behind the layer, of the rows that are in the pack then."""
         self.rows = {"x": x}
+        # Its memory is free as soon as nothing reads it any more.
+        del x
         self._join("resid_pre")
         self._patch_rows("resid_pre", "x")
         in_stream = self.pack.own.clone()
@@ -345,7 +377,8 @@ class WaveLayer:
         wave, rule, n_heads = self.wave, self.attn.rule, self.attn.cfg.n_heads
         group = n_heads // self.frame.n_kv_heads
         # Every entry gathers all keys of its head: so many at a time.
-        size = max(1, PATTERN_BYTES // (table.shape[1] * k.shape[2] * k.element_size()))
+        most = min(PATTERN_BYTES, wave.blocks.pattern)
+        size = max(1, most // (table.shape[1] * k.shape[2] * k.element_size()))
 
         def scores(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
             parts = zip(*(t.split(size) for t in (branch, pos, head)), strict=True)
@@ -435,8 +468,8 @@ class WaveLayer:
         if self.frame.is_parallel:
             computed = in_stream[pack.branch, pack.pos] | patched
         self.counts[3] = int(computed.sum())
-        hidden = self.frame.d_mlp * (2 + self.frame.is_gated) * x.element_size()
-        size = max(64, HIDDEN_BYTES // hidden)
+        most = min(HIDDEN_BYTES, self.wave.blocks.hidden)
+        size = max(LEAST_MLP_ROWS, most // self.frame.hidden_bytes)
         if not (self.frame.is_parallel or self._steps("mlp_out") or bool(patched.any())):
             for rows in x.split(size):
                 rows.add_(self._mlp_rows(rows, None, False))

@@ -178,8 +178,8 @@ def wave_logits(query: SweepPlan) -> Tensor:
     made, frame, model = query.plan, query.plan.frame, query.model
     wave = Wave(
         *(model, frame, query.stem, query.sources, query.prompts.n_pos),
-        keep_streams=len(made.chunks) > 1,
         codes=query.codes,
+        blocks=made.blocks,
     )
     found: dict[int, Tensor] = {}
     counts = torch.zeros(frame.n_layers, len(COUNTED), dtype=torch.long)
@@ -193,7 +193,7 @@ def wave_logits(query: SweepPlan) -> Tensor:
             if model.cfg.normalization_type is not None:
                 x = normalized(model.ln_final, x)
             logits = logits_of(model.unembed, x, None)
-            first = chunk.first_layer if wave.keep_streams else 0
+            first = chunk.first_layer
             executed += final.counts
             counts += final.counts
             counts[first:] -= torch.from_numpy(made.base_counts())[first:]
@@ -210,10 +210,10 @@ def wave_logits(query: SweepPlan) -> Tensor:
         assert bool((counts <= torch.from_numpy(made.counts)).all())
         return torch.stack([found.get(first, base) for first in made.same_as])
     assert torch.equal(counts, torch.from_numpy(made.counts)), (counts, made.counts)
-    if len(made.chunks) > 1:
-        # The stems' own pass, in front of the chunks.
-        executed[:-1] += torch.from_numpy(made.base_counts())[:-1]
     if made.chunks:
+        # The stems' own pass, in front of the chunks.
+        before = made.chunks[-1].first_layer
+        executed[:before] += torch.from_numpy(made.base_counts())[:before]
         assert torch.equal(executed, torch.from_numpy(made.total_counts()))
     return torch.stack([found.get(first, base) for first in made.same_as])
 
@@ -264,4 +264,4 @@ def check(query: SweepPlan, expected: Tensor | None = None, tolerance: float | N
 
 def least_memory(query: SweepPlan) -> int:
     """The smallest budget that works."""
-    return query.plan.fixed_bytes + max(query.plan.rows) * query.plan.row_bytes
+    return query.plan.least_bytes

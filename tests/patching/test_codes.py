@@ -14,6 +14,7 @@ from tests.close import assert_close_to
 from tests.models import ours
 from tests.patching.against_hooks import pairs
 from tests.patching.autoencoders import Curved, Heads, Linear, Scaled, TopK, TopKOfBatch
+from tests.patching.budgets import memory_for_rows
 
 N_POS, N_FEATURES = 6, 24
 METRIC = logit_diff(7, 3)
@@ -445,7 +446,7 @@ def test_a_sweep_goes_on_after_a_kill(tmp_path, monkeypatch):
     found = codes(sae, layer=0, site="resid_pre", decoder=sae.W_dec)
     asked = {"sites": found, "by": ("layer", "pos", "feature"), "metric": METRIC, "verify": 0}
     query = plan(model, clean, corrupted, **{k: asked[k] for k in ("sites", "by", "metric")})
-    least = query.plan.fixed_bytes + 40 * query.plan.row_bytes
+    least = memory_for_rows(query.plan, 40)
     whole = sweep(model, clean, corrupted, **asked, memory=least, out=tmp_path / "whole")
     assert whole.plan["chunks"] > 3
     write, written = SweepFolder.write, []

@@ -17,6 +17,7 @@ from fastlens.patching.wave import Wave
 from fastlens.scores import Scores
 from tests.close import assert_close_to
 from tests.models import ours, prompts
+from tests.patching.budgets import memory_for_rows
 
 ROOT = Path(__file__).parents[2]
 METRIC = logit_diff(7, 3)
@@ -41,7 +42,7 @@ def query_of(chunk_rows=14, **options):
     query = plan(options.pop("model", None) or model_of_sweep(), *pair(), **_without_model(wanted))
     if chunk_rows is None:
         return query
-    memory = query.plan.fixed_bytes + chunk_rows * query.plan.row_bytes
+    memory = memory_for_rows(query.plan, chunk_rows)
     return plan(query.model, *pair(), **_without_model(wanted), memory=memory)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlens.errors import SweepError
+from fastlens.patching.frame import Frame, mask_of, positions_of
 from fastlens.patching.plan import (
     COUNTED,
     KEYS,
@@ -19,15 +20,13 @@ from fastlens.patching.plan import (
     OUTPUT,
     QUERIES,
     SCORES,
-    Frame,
     Plan,
     canonical,
-    mask_of,
     plan_runs,
-    positions_of,
 )
 from fastlens.patching.runs import PlannedPatch, Run, runs_of
 from fastlens.patching.sites import SITES
+from tests.patching.budgets import memory_for_rows
 
 L, T, H, KV = 3, 9, 4, 2
 # How far the pairs of the formulas agree: a pair of unlike prompts, and a minimal pair.
@@ -572,7 +571,7 @@ def test_runs_join_in_the_order_of_the_layers():
     assert plan.order == [4, 5, 2, 3, 1, 0]
     assert plan.entries == [0, 0, 0, 1, 1, 1]
     assert plan.why_not == {6: "null"}
-    assert plan.chunks == [(plan.order, 0, sum(plan.rows))]
+    assert plan.chunks == [(plan.order, 0, sum(plan.rows), sum(plan.held))]
 
 
 def test_the_rows_a_run_holds():
@@ -589,18 +588,22 @@ def test_the_rows_a_run_holds():
 @pytest.mark.parametrize("room", [20, 21, 33, 64, 1000])
 def test_chunks_hold_what_the_memory_allows(room):
     plan = sweep("z", ("layer", "pos", "head"), frame(first=1))
-    memory = plan.fixed_bytes + room * plan.row_bytes
+    memory = memory_for_rows(plan, room)
     plan.split(memory)
     assert [run for chunk in plan.chunks for run in chunk.runs] == plan.order
     rows = dict(zip(plan.order, plan.rows, strict=True))
+    held = dict(zip(plan.order, plan.held, strict=True))
     entries = dict(zip(plan.order, plan.entries, strict=True))
     for chunk in plan.chunks:
-        assert chunk.rows == sum(rows[run] for run in chunk.runs) <= room
-        assert plan.fixed_bytes + chunk.rows * plan.row_bytes <= memory
+        assert chunk.rows == sum(rows[run] for run in chunk.runs)
+        assert chunk.held == sum(held[run] for run in chunk.runs)
+        assert plan.taken(len(chunk.runs), chunk.held) <= memory
+        assert chunk == plan.part(chunk.runs)
         assert chunk.first_layer == min(entries[run] for run in chunk.runs)
     # None could have taken the first run of the next.
     for chunk, following in zip(plan.chunks, plan.chunks[1:], strict=False):
-        assert chunk.rows + rows[following.runs[0]] > room
+        more = chunk.held + held[following.runs[0]]
+        assert plan.taken(len(chunk.runs) + 1, more) > memory
 
 
 def test_too_little_memory_says_how_much_would_do():
@@ -622,7 +625,7 @@ def test_a_row_and_the_fixed_part_grow_with_what_they_hold():
     plan = planned(patch("z", 0))
     assert planned(patch("z", 0), on=frame(itemsize=8)).row_bytes > plan.row_bytes
     assert planned(patch("z", 0), on=frame(n_heads=8)).row_bytes > plan.row_bytes
-    larger = [frame(first=(6, 6)), frame(n_pos=20), frame(n_layers=30)]
+    larger = [frame(first=(6, 6)), frame(n_pos=20)]
     assert all(planned(patch("z", 0), on=on).fixed_bytes > plan.fixed_bytes for on in larger)
     without = planned(patch("z", 0, value=1), on=frame(has_source=False))
     assert without.fixed_bytes < plan.fixed_bytes

@@ -48,7 +48,7 @@ def test_a_plan_of_the_wave_in_words():
             1      3                 17           20  0.000483
             2      4                  9           11  0.000322
         work: 0.00114 GFLOP; one forward per run would take 0.0113 (9.96 x)
-        memory: at most 96 MiB predicted, of 96.3 MiB allowed
+        memory: at most 96.2 KiB predicted, of 96.3 MiB allowed
     """).replace("NULL", NULL)
     assert str(query) == repr(query) == query.explain()
 
@@ -147,7 +147,7 @@ def test_planning_runs_no_layer_and_draws_nothing(monkeypatch):
 
 
 def test_the_default_memory_is_half_of_the_free(monkeypatch):
-    monkeypatch.setattr("fastlens.patching.query.free_bytes", lambda device: 3 * 2**30)
+    monkeypatch.setattr("fastlens.patching.budget.free_bytes", lambda device: 3 * 2**30)
     assert plan(ours("gpt2"), *pair(), metric=METRIC).memory == 3 * 2**29
     assert plan(ours("gpt2"), *pair(), metric=METRIC, memory="1.5GiB").memory == 3 * 2**29
 
@@ -155,7 +155,7 @@ def test_the_default_memory_is_half_of_the_free(monkeypatch):
 def test_the_smallest_memory_that_is_said_works_and_no_less():
     model, (clean, corrupted) = ours("gpt2"), pair(n_pos=8)
     with pytest.raises(SweepError, match="too little") as caught:
-        plan(model, clean, corrupted, metric=METRIC, memory="1MB")
+        plan(model, clean, corrupted, metric=METRIC, memory="20KB")
     least = int(str(caught.value).rsplit("at least ", 1)[1].rstrip(".").replace(",", ""))
     assert plan(model, clean, corrupted, metric=METRIC, memory=least).summary()["chunks"] > 3
     with pytest.raises(SweepError, match="too little"):

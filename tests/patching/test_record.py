@@ -7,6 +7,7 @@ from fastlens.errors import SourceError
 from fastlens.patching import Patch, kl_divergence, logit_diff, plan
 from fastlens.patching.record import key_of, layout_of, plan_from_layout
 from tests.models import ours, prompts
+from tests.patching.budgets import memory_for_rows
 
 METRIC = logit_diff(7, 3)
 
@@ -74,7 +75,7 @@ def test_what_the_values_depend_on_is_in_the_key():
 def test_memory_is_not_in_the_key_and_the_layout_wins():
     model, (clean, corrupted) = ours("gpt2"), pair()
     roomy = plan(model, clean, corrupted, metric=METRIC, memory="1GiB")
-    memory = roomy.plan.fixed_bytes + 10 * roomy.plan.row_bytes
+    memory = memory_for_rows(roomy.plan, 10)
     tight = plan(model, clean, corrupted, metric=METRIC, memory=memory)
     assert key_of(roomy) == key_of(tight)
     assert len(tight.plan.chunks) > 1 == len(roomy.plan.chunks)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlens.patching.plan import Frame, plan_runs
+from fastlens.patching.frame import Frame
+from fastlens.patching.plan import plan_runs
 from fastlens.patching.runs import PlannedPatch, Run
 from fastlens.patching.sites import BY_ENTRY, SITES
 from fastlens.patching.uses import uses_of
