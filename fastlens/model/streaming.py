@@ -92,13 +92,17 @@ class Streaming:
         """Bytes that weights may hold now, of which they hold ``held``."""
         if self.limit is None:
             return self._together
-        if self._reserved is not None:
-            return self._reserved
-        left = self.limit - self._others(held) - self.stream.transient
-        if left < self._together:
+        least = self._together if self._reserved is None else self._reserved
+        left = self._left(held)
+        if left < least:
             return_freed()
-            left = self.limit - self._others(held) - self.stream.transient
-        return left
+            left = self._left(held)
+        # What was reserved may not be in use yet, and what is in use may be more.
+        return left if self._reserved is None else min(left, self._reserved)
+
+    def _left(self, held: int) -> int:
+        assert self.limit is not None
+        return self.limit - self._others(held) - self.stream.transient
 
     def room(self) -> int:
         """Bytes that activations may take now, with the fewest weights in memory."""
@@ -128,7 +132,7 @@ class Streaming:
                 f"{said_bytes(self.limit)} leaves {said_bytes(room)} beside the weights. Give at "
                 f"least max_memory={self.limit + short:,}, or fewer tokens at a time."
             )
-        self._reserved = self.limit - self._others(held) - self.stream.transient - n
+        self._reserved = self._left(held) - n
         try:
             self.stream.let_go(keep=self._reserved)
             with self.stream.graph_without_weights():

@@ -144,7 +144,8 @@ class GgufReader:
     def _dequantize(self, file: Any, name: str, kind: int, out: Tensor) -> None:
         shape, row_bytes = self.shapes[name], self._row_bytes(name, kind)
         rows = out.view(-1, shape[-1])
-        step = max(1, CHUNK_BYTES // 4 // (shape[-1] * 4))
+        # Few at a time: gguf makes several copies of them on the way.
+        step = max(1, CHUNK_BYTES // 16 // (shape[-1] * 4))
         for first in range(0, rows.shape[0], step):
             part = rows[first : first + step]
             raw = torch.empty(part.shape[0], row_bytes, dtype=torch.uint8)
