@@ -28,7 +28,11 @@ class Copies:
         source = tensor.device
         if source.type != "cuda" or torch.device(device).type != "cpu":
             return tensor.to(device)
-        kept = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        try:
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        except RuntimeError:
+            # No more of it can be had.
+            return tensor.to(device)
         self._devices.add(source)
         if not is_owned:
             return kept.copy_(tensor, non_blocking=True)

@@ -261,8 +261,10 @@ class TextMixin:
 
         Cost: copies only the rows asked for. A single direction is a view of W_U.
         """
-        if isinstance(tokens, Tensor) and self.unembed.columns is not None:  # type: ignore[attr-defined]
-            some = self.unembed.columns(tokens.flatten())  # type: ignore[attr-defined]
+        # Where W_U is not in memory, a few columns of it are read.
+        columns = getattr(getattr(self, "unembed", None), "columns", None)
+        if isinstance(tokens, Tensor) and columns is not None:
+            some = columns(tokens.flatten())
             if some is not None:
                 shape = tokens.shape if tokens.numel() > 1 else ()
                 return some[0].reshape(*shape, self.cfg.d_model)

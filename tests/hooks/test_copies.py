@@ -105,3 +105,14 @@ def test_between_other_devices_it_is_an_ordinary_copy(gpu):
     tensor = torch.ones(3)
     assert Copies().to(tensor, "cpu", is_owned=False) is tensor
     assert Copies().to(tensor, "meta", is_owned=True).is_meta
+
+
+def test_without_pinned_memory_it_is_an_ordinary_copy(gpu, monkeypatch):
+    def refused(*args, **kwargs):
+        raise RuntimeError("no pinned memory allocator is available")
+
+    monkeypatch.setattr(copies.torch, "empty_like", refused)
+    made = Copies()
+    assert made.to(on_gpu(4, 6), "cpu", is_owned=True).tolist()[0][1] == 1
+    made.finish()
+    assert gpu[0].log == gpu[1].log == []
