@@ -37,7 +37,7 @@ test-all: $(VENV)/dev.stamp  ## the GPU and model-hub tests and every full cross
 	HF_HUB_OFFLINE=0 $(PYTEST) -m "" $(ARGS)
 
 test-kernels: $(VENV)/kernels.stamp  ## prove the GPU kernels without a GPU: interpreter, compilers, PTX on the CPU
-	$(PYTEST) -n auto --maxprocesses 2 --dist worksteal --durations 15 -m kernels \
+	$(PYTEST) -n auto --maxprocesses 2 --dist worksteal --durations 15 -m "kernels and not full" \
 		tests/csrc tests/gpu tests/kernels $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## only the tests that need a CUDA device

@@ -124,7 +124,7 @@ MISTAKES = {
     "keys by position": ("+ packed[None, :] * stride_k_n", "+ key_pos[None, :] * stride_k_n"),
     "values by position": ("+ packed[:, None] * stride_v_n", "+ key_pos[:, None] * stride_v_n"),
     "rows of another branch": ("table_ptr + branch * stride_table_b", "table_ptr"),
-    "the mask of another branch": ("key_mask_ptr + branch * stride_mask_b", "key_mask_ptr"),
+    "the mask of another branch": ("key_mask_ptr, branch, key_pos", "key_mask_ptr, 0, key_pos"),
     "a packed position": (
         "            query_pos[:, None], key",
         "            in_tile[:, None], key",
