@@ -1,12 +1,9 @@
 """`SweepFolder`: where a long sweep keeps its finished chunks, so that a killed one can go on."""
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,15 +18,12 @@ from torch import Tensor
 
 from fastlens.errors import SourceError
 from fastlens.scores_files import JSON_NAME, TENSORS_NAME, writable_folder, write_whole
-
-if sys.platform != "win32":
-    import fcntl
+from fastlens.store.files import FolderLock, advice, flush_folder, make_folder
 
 FORMAT = "fastlens.sweep"
 FORMAT_VERSION = 1
 PLAN_NAME = "plan.json"
 CHUNKS_NAME = "chunks"
-LOCK_NAME = ".lock"
 SHARD = re.compile(r"([0-9]{5,})\.safetensors")
 # What `write_whole` and `writable_folder` leave behind when the process is killed inside them.
 WRITTEN = "|".join([*map(re.escape, (PLAN_NAME, JSON_NAME, TENSORS_NAME)), SHARD.pattern])
@@ -66,14 +60,14 @@ class SweepFolder:
     layout: dict[str, Any]
     torn: list[str]
 
-    def __init__(self, path: Path, layout: dict[str, Any], sweep: str, lock: int | None) -> None:
+    def __init__(self, path: Path, layout: dict[str, Any], sweep: str, lock: FolderLock) -> None:
         """Use `open`, which checks what is there first."""
         self.path = path
         self.layout = layout
         self.torn = []
         self._sweep = sweep
-        self._release = weakref.finalize(self, _unlock, lock)
-        _OPEN.add(self)
+        self._lock = lock
+        weakref.finalize(self, lock.release)
 
     @classmethod
     def open(
@@ -93,7 +87,8 @@ class SweepFolder:
         wanted, cut = _as_json(key), _as_json(layout)
         # Before anything is put into a folder that may be someone else's.
         _check_ours(path)
-        lock = _lock(path)
+        make_folder(path)
+        lock = FolderLock(path, "sweep")
         try:
             writable_folder(path)
             _check_ours(path)
@@ -102,15 +97,15 @@ class SweepFolder:
                 cut, sweep = _stored_layout(path, wanted)
             else:
                 sweep = _write_plan(path, wanted, cut)
-            _make_folder(path / CHUNKS_NAME)
+            make_folder(path / CHUNKS_NAME)
             return cls(path, cut, sweep, lock)
         except BaseException:
-            _unlock(lock)
+            lock.release()
             raise
 
     def close(self) -> None:
         """Give the folder free for other processes. Reading still works, writing does not."""
-        self._release()
+        self._lock.release()
 
     def __enter__(self) -> "SweepFolder":
         return self
@@ -160,7 +155,7 @@ class SweepFolder:
         Raises: SourceError if it cannot be written, or if the folder was closed.
         """
         path = self.path / CHUNKS_NAME / _shard_name(chunk)
-        if not self._release.alive:
+        if not self._lock.is_held:
             raise SourceError(f"cannot write {path}: the folder was closed. Open it again.")
         data = _dump(path, tensors, f"{chunk} {self._sweep} ")
         try:
@@ -380,89 +375,10 @@ def _clear_temporary(path: Path) -> None:
                     (folder / name).unlink()
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SourceError(
-            f"cannot make the folder {path}: {error.strerror or error}.{_advice(error)}"
-        ) from error
-    _flush_folder(path.parent)
-
-
 def _write(path: Path, data: bytes) -> None:
     """`write_whole`, the new name on disk as well, and a word on what to do if it fails."""
     try:
         write_whole(path, data)
     except SourceError as error:
-        raise SourceError(f"{error}{_advice(error.__cause__)}") from error.__cause__
-    _flush_folder(path.parent)
-
-
-def _advice(error: BaseException | None) -> str:
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return " Free some space there, or give another folder."
-    if number == errno.EFBIG:
-        return " Raise the limit on the size of a file (ulimit -f)."
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return " Give a folder that you may write to."
-    return ""
-
-
-def _flush_folder(path: Path) -> None:
-    """Names on disk, where the system can do that; a shard's checksum does not rest on it."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _lock(path: Path) -> int | None:
-    """An open file that holds the folder's lock; the system drops it when the process dies."""
-    _make_folder(path)
-    if sys.platform == "win32":
-        return None
-    try:
-        lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise SourceError(
-            f"cannot write into the folder {path}: {error.strerror or error}.{_advice(error)}"
-        ) from error
-    ours = f"process {os.getpid()} on {os.uname().nodename}"
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.write(lock, ours.encode())
-    except BlockingIOError as error:
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-        holder = "another sweep of this process" if holder == ours else holder
-        os.close(lock)
-        raise SourceError(
-            f"the folder {path} is in use by {holder}. Wait until that sweep is done or end it, "
-            f"or give another folder."
-        ) from error
-    except OSError:
-        # No flock on this file system, or no space for the number of the process: both are extras.
-        pass
-    return lock
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
-
-
-_OPEN: "weakref.WeakSet[SweepFolder]" = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """A forked process shares the lock, and would hold it after the sweep's process has died."""
-    for folder in list(_OPEN):
-        folder.close()
-
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_close_in_child)
+        raise SourceError(f"{error}{advice(error.__cause__)}") from error.__cause__
+    flush_folder(path.parent)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -77,15 +78,39 @@ def flush_folder(path: Path) -> None:
             os.close(handle)
 
 
-def lock(path: Path) -> int | None:
-    """An open file that holds the folder's lock; the system drops it when the process dies.
+class FolderLock:
+    """The right to write into a folder, held until `release` or the death of the process.
 
-    Where the system has no ``flock`` (Windows, some network disks) nothing is locked.
+    Where the system has no ``flock`` (Windows, some network disks) nothing is locked. A forked
+    child shares no lock: it would hold it on after its parent's death.
 
-    Raises: SourceError if another process, or this one, writes there already.
+    Args:
+        path: Of a folder that is there.
+        job: What is going on there, for those who are refused: "sweep", "capture".
+
+    Attributes:
+        is_held: False once it was released.
+
+    Raises: SourceError if another process, or this one, holds it.
     """
-    if sys.platform == "win32":
-        return None
+
+    is_held: bool
+
+    def __init__(self, path: Path, job: str):
+        self._file = None if sys.platform == "win32" else _locked(path, job)
+        self.is_held = True
+        _LOCKS.add(self)
+
+    def release(self) -> None:
+        """Let others have the folder; a second call does nothing."""
+        self.is_held = False
+        held, self._file = self._file, None
+        if held is not None:
+            os.close(held)
+
+
+def _locked(path: Path, job: str) -> int:
+    """An open file with the lock; the system drops it when the process dies."""
     try:
         held = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -97,10 +122,10 @@ def lock(path: Path) -> int | None:
         os.write(held, ours.encode())
     except BlockingIOError as error:
         holder = os.pread(held, 200, 0).decode(errors="replace").strip() or "another process"
+        holder = f"another {job} of this process" if holder == ours else holder
         os.close(held)
         raise SourceError(
-            f"the folder {path} is being written by "
-            f"{'this process' if holder == ours else holder}. Wait until that is done or end it, "
+            f"the folder {path} is in use by {holder}. Wait until that {job} is done or end it, "
             f"or give another folder."
         ) from error
     except OSError:
@@ -109,7 +134,13 @@ def lock(path: Path) -> int | None:
     return held
 
 
-def unlock(held: int | None) -> None:
-    """Let the folder go."""
-    if held is not None:
-        os.close(held)
+_LOCKS: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    for lock in list(_LOCKS):
+        lock.release()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_release_in_child)

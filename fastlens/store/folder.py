@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlens.errors import SourceError, did_you_mean
 from fastlens.ops.outlier_rows import Int8OutlierRows
-from fastlens.store.files import fault, flush_folder, lock, make_folder, unlock, write_parts
+from fastlens.store.files import FolderLock, fault, flush_folder, make_folder, write_parts
 from fastlens.store.shard import Shard, write_shard
 
 FORMAT = "fastlens.store"
@@ -65,15 +65,16 @@ class Store:
     torn: dict[int, str]
     cut_off: str
 
-    def __init__(self, path: Path, key: dict[str, Any], held: int | None, writes: bool) -> None:
+    def __init__(self, path: Path, key: dict[str, Any], lock: FolderLock | None) -> None:
         """Use `open` or `create`, which check what is there first."""
         self.path = path
         self.key = key
         self.shards = []
         self.torn = {}
         self.cut_off = ""
-        self._writes = writes
-        self._release = weakref.finalize(self, unlock, held)
+        self._lock = lock
+        if lock is not None:
+            weakref.finalize(self, lock.release)
         self._size = self._read_index()
         for number, shard in enumerate(self.shards):
             try:
@@ -88,7 +89,7 @@ class Store:
         Raises: SourceError if this is no store, or its index is damaged.
         """
         path = Path(folder).expanduser()
-        return cls(path, _read_about(path / ABOUT_NAME)["key"], None, writes=False)
+        return cls(path, _read_about(path / ABOUT_NAME)["key"], None)
 
     @classmethod
     def create(cls, folder: str | Path, key: Mapping[str, Any] | None = None) -> "Store":
@@ -100,13 +101,13 @@ class Store:
             key: As JSON can hold it.
 
         Raises: SourceError if the folder holds something else, a store of another key (saying what
-            differs), is being written by another process, or cannot be written to.
+            differs), is in use by another process, or cannot be written to.
         """
         path = Path(folder).expanduser()
         wanted = json.loads(json.dumps(dict(key or {})))
         make_folder(path)
         _check_ours(path)
-        held = lock(path)
+        lock = FolderLock(path, "capture")
         try:
             if (path / ABOUT_NAME).exists():
                 _check_key(path, _read_about(path / ABOUT_NAME)["key"], wanted)
@@ -114,17 +115,17 @@ class Store:
                 make_folder(path / SHARDS_NAME)
                 about = {"format": FORMAT, "version": VERSION, "key": wanted}
                 write_parts(path / ABOUT_NAME, [json.dumps(about).encode() + b"\n"])
-            store = cls(path, wanted, held, writes=True)
+            store = cls(path, wanted, lock)
         except BaseException:
-            unlock(held)
+            lock.release()
             raise
         store._clear()
         return store
 
     def close(self) -> None:
         """Let other processes append. Reading still works."""
-        self._release()
-        self._writes = False
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> "Store":
         return self
@@ -243,7 +244,7 @@ class Store:
         return self.shards[number]
 
     def _write(self, number: int, entries: Mapping[str, Entry], about: Mapping[str, Any]) -> Shard:
-        if not self._writes:
+        if self._lock is None or not self._lock.is_held:
             raise SourceError(f"the store {self.path} is not open for appending: use Store.create.")
         tensors: dict[str, Tensor] = {}
         for name, entry in entries.items():

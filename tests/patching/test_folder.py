@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from fastlens.errors import SourceError
 from fastlens.patching.folder import (
     CHUNKS_NAME,
-    LOCK_NAME,
     PLAN_NAME,
     SweepFolder,
 )
 from fastlens.scores import Scores
+from fastlens.store.files import LOCK_NAME
 
 ROOT = Path(__file__).parents[2]
 KEY = {
@@ -511,7 +511,7 @@ def test_a_refused_open_holds_no_lock(tmp_path):
 
 
 def test_without_flock_there_is_no_lock(tmp_path, monkeypatch):
-    from fastlens.patching import folder as module
+    from fastlens.store import files as module
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

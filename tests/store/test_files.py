@@ -2,12 +2,14 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fastlens.errors import SourceError
-from fastlens.store.files import advice, lock, make_folder, unlock, write_parts
+from fastlens.store.files import FolderLock, advice, make_folder, write_parts
 
 
 def test_a_file_is_written_whole(tmp_path: Path):
@@ -42,11 +44,47 @@ def test_other_faults_come_without():
 
 def test_one_holder_of_a_lock(tmp_path: Path):
     make_folder(tmp_path / "a")
-    held = lock(tmp_path / "a")
-    with pytest.raises(SourceError, match="being written by this process"):
-        lock(tmp_path / "a")
-    unlock(held)
-    unlock(lock(tmp_path / "a"))
+    lock = FolderLock(tmp_path / "a", "sweep")
+    with pytest.raises(SourceError, match="in use by another sweep of this process"):
+        FolderLock(tmp_path / "a", "sweep")
+    assert lock.is_held
+    lock.release()
+    lock.release()
+    assert not lock.is_held
+    FolderLock(tmp_path / "a", "sweep").release()
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from fastlens.errors import SourceError
+from fastlens.store.files import FolderLock
+
+path = Path(sys.argv[1])
+lock = FolderLock(path, "capture")
+child = os.fork()
+if child == 0:
+    try:
+        # Still the parent's; and the child's copy of it is closed.
+        FolderLock(path, "capture")
+    except SourceError:
+        os._exit(0 if not lock.is_held else 1)
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert lock.is_held
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_a_forked_child_holds_no_lock(tmp_path: Path):
+    # In a process of its own: one with threads, as pytest's, should not fork.
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path):

@@ -90,7 +90,10 @@ def test_a_store_file_of_another_kind(tmp_path: Path, text: str):
 
 
 def test_a_single_writer(tmp_path: Path):
-    with Store.create(tmp_path), pytest.raises(SourceError, match="being written"):
+    with (
+        Store.create(tmp_path),
+        pytest.raises(SourceError, match="in use by another capture of this process"),
+    ):
         Store.create(tmp_path)
     store = Store.create(tmp_path)
     store.close()
