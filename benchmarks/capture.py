@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     model = HookedTransformer.from_pretrained(name, device="cpu", verbose=False).eval()
     layer, limit, context = (0, 2000, 64) if wanted.smoke else (8, LIMIT, CONTEXT)
     options = (
-        {"seconds": 0.0, "min_rounds": 1, "warm_ups": 0} if wanted.smoke else {"seconds": 60.0}
+        {"seconds": 0.0, "min_rounds": 1, "warm_ups": 0}
+        if wanted.smoke
+        else {"seconds": 60.0, "min_rounds": 3, "warm_ups": 1}
     )
     record = measured(model, layer, limit, context, **options)
     print(json.dumps(record, indent=1))

@@ -135,8 +135,8 @@ def capture(activation: Tensor, point: HookPoint, spec: CaptureSpec) -> Stored:
     Raises: ShapeError if the batch axis is to go and the batch is not one, or for heads that are
         not there.
     """
-    # An inference tensor does not count its edits.
-    once = spec.dtype is not None and not activation.is_inference()
+    # An inference tensor does not count its edits, nor does anybody those through ``.data``.
+    once = spec.dtype is not None and not activation.is_inference() and len(point.fwd_hooks) < 2
     how = (point.axes, None if spec.heads is None else spec.heads_at(point)) if once else None
     if once and (known := spec.last.kept(activation, how)) is not None:
         return known

@@ -27,9 +27,9 @@ FIRST_USE_BYTES = 48 * 2**20
 class Streaming:
     """Memory of one streamed model.
 
-    ``max_memory`` is what this process (or, on a GPU, its tensors) may take beyond what it took
-    when the model was opened. Activations come first: weights take what is left, at least one
-    layer, and as many as fit.
+    ``max_memory`` is what this process may take beyond what it took when the model was opened; on a
+    GPU, what its tensors may take (not run on a GPU). Activations come first: weights take what is
+    left, at least one layer, and as many as fit.
 
     Attributes:
         limit: ``max_memory`` in bytes, or None: then two layers are in memory at a time.
@@ -231,7 +231,7 @@ def streamed_model(
     # Weights and what refers to them form circles, which would be found late.
     weakref.finalize(model, streaming.stream.close)
     model.streaming = streaming  # type: ignore[assignment]
-    embedding = streaming.stream, source, cfg, flags
+    embedding = streaming.stream, source, flags
     model.embed.rows = EmbeddingRows.of(*embedding)  # type: ignore[union-attr]
     model.unembed.columns = UnembedColumns.of(*embedding)  # type: ignore[union-attr]
     return model

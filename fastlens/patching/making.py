@@ -178,12 +178,12 @@ class WaveRuns:
     @contextlib.contextmanager
     def _waiting(self, chunks: Sequence[Chunk]) -> Iterator[Waiting]:
         plan, where = self.query.plan, self.query.passes.where
+        waiting: Waiting
         if where == ON_DISK:
-            with OnDisk(self.folder, sum(plan.waiting(chunk) for chunk in chunks)) as waiting:
-                yield waiting
-            return
-        device = None if where == IN_MEMORY else torch.device("cpu")
-        with InMemory(device) as waiting:
+            waiting = OnDisk(self.folder, sum(plan.waiting(chunk) for chunk in chunks))
+        else:
+            waiting = InMemory(None if where == IN_MEMORY else torch.device("cpu"))
+        with contextlib.closing(waiting):
             yield waiting
 
 

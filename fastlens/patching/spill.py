@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,6 +45,10 @@ class Waiting(Protocol):
         """Forget a chunk."""
         ...
 
+    def close(self) -> None:
+        """Forget everything, and give its room back."""
+        ...
+
 
 class InMemory:
     """As they are, or on another device.
@@ -81,15 +84,8 @@ class InMemory:
         self._tensors.pop(chunk, None)
         self._uses.pop(chunk, None)
 
-    def __enter__(self) -> "InMemory":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """See `Waiting`."""
         self._tensors.clear()
         self._uses.clear()
 
@@ -177,19 +173,8 @@ class OnDisk:
                 self._free.append(region)
 
     def close(self) -> None:
-        """Give the disk's room back."""
+        """See `Waiting`."""
         self._file.close()
-
-    def __enter__(self) -> "OnDisk":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _region(self, chunk: int, what: str, size: int) -> int:
         """Where so many bytes of a chunk go: where it was, if that is large enough."""

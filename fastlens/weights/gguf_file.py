@@ -117,7 +117,7 @@ class GgufReader:
     def read_on(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
         """One tensor on a device, where `ops.dequantize` unpacks it if it knows the format.
 
-        Cost: the packed bytes cross to the device, not the numbers.
+        Cost: the packed bytes cross to the device, not the numbers. Not run on a GPU.
         """
         kind, start = self._places[name]
         packed_as = None if kind in _PLAIN else _gguf_package().GGMLQuantizationType(kind).name

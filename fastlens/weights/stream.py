@@ -100,6 +100,11 @@ class StreamedGroup:
             )
         return parameter
 
+    def check_away(self) -> None:
+        """Raises: EditedError if somebody wrote to parameters that had been let go."""
+        for key in self._away:
+            self._still_held(key)
+
     def edits(self) -> int:
         """How often the parameters were written to in place."""
         held = ((entries.held(name), key) for entries, name, key in self._members)
@@ -143,6 +148,7 @@ class WeightStream:
     Attributes:
         groups: By name, in the order of a forward; the embedding and unembedding come last.
         bytes_read: Of weights, in memory, since the beginning.
+        read_as: What weights are read in; 16-bit ones that are processed are rounded at the end.
         transient: Bytes that reading a group takes beside the group, at most.
     """
 
@@ -159,9 +165,8 @@ class WeightStream:
         self._source = source
         self._flags = dict(flags)
         self._device = device
-        # 16-bit weights that will be processed are rounded once, at the end.
         is_half = self.cfg.dtype in HALF and any(flags.values())
-        self._read_as = torch.float32 if is_half else self.cfg.dtype
+        self.read_as = torch.float32 if is_half else self.cfg.dtype
         self._allowed = allowed
         self._lock = threading.RLock()
         self._coming: tuple[StreamedGroup, Future[dict[str, Tensor]]] | None = None
@@ -218,7 +223,7 @@ class WeightStream:
     def _transient(self) -> int:
         """Bytes that reading a group takes beside the group, at most."""
         beside = [
-            self._source.beside(group.part_of, self.cfg, self._read_as, group.meta, group.without)
+            self._source.beside(group.part_of, self.cfg, self.read_as, group.meta, group.without)
             for group in self.groups.values()
         ]
         # Folding a bias, or a mean, makes one product as large as a weight.
@@ -364,7 +369,7 @@ class WeightStream:
             # On a GPU they are unpacked and processed.
             device = None if self._device.type == "cpu" else self._device
             tensors = self._source.group(
-                *(group.part_of, self.cfg, self._read_as, places),
+                *(group.part_of, self.cfg, self.read_as, places),
                 without=group.without,
                 device=device,
             )

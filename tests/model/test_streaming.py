@@ -249,6 +249,18 @@ def test_an_edit_of_weights_that_were_let_go(llama):
             streamed(prompt())
 
 
+def test_an_edit_of_an_embedding_that_was_let_go(llama):
+    streamed = llama[1]
+    pair = prompt()[:1], prompt()[1:]
+    with torch.no_grad():
+        for weight in (streamed.W_U, streamed.W_E):
+            streamed.streaming.stream.let_go()
+            weight.zero_()
+            with pytest.raises(EditedError, match=r"embed\.W_[UE] was written to after"):
+                sweep(streamed, *pair, metric=logit_diff(5, 9), progress=False, verify=0)
+            del weight
+
+
 def test_a_view_that_is_kept_never_changes(llama):
     in_memory, streamed = llama
     with torch.no_grad():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def use_of(n):
 
 @pytest.mark.parametrize("make", [InMemory, lambda: InMemory(torch.device("cpu")), OnDisk])
 def test_what_is_put_comes_back(make):
-    with make() as waiting:
+    with closing(make()) as waiting:
         assert isinstance(waiting, Waiting)
         # They grow, shrink and change places.
         for turn in range(4):
@@ -61,7 +62,7 @@ def test_what_is_put_comes_back(make):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
-    with OnDisk() as waiting:
+    with closing(OnDisk()) as waiting:
         waiting.put(0, rows(6, dtype=dtype))
         strided = {"x": rows(6, dtype=dtype)["x"].t()}
         waiting.put(1, strided)
@@ -70,7 +71,7 @@ def test_other_dtypes(dtype):
 
 
 def test_the_file_does_not_grow_with_the_layers():
-    with OnDisk() as waiting:
+    with closing(OnDisk()) as waiting:
         for turn in range(20):
             for chunk in range(3):
                 waiting.put(chunk, rows(50, turn))
@@ -79,7 +80,7 @@ def test_the_file_does_not_grow_with_the_layers():
 
 
 def test_no_file_is_seen_and_none_is_left(tmp_path):
-    with OnDisk(tmp_path, expected=100) as waiting:
+    with closing(OnDisk(tmp_path, expected=100)) as waiting:
         waiting.put(0, rows(100))
         assert list(tmp_path.iterdir()) == []
         file = waiting._file
@@ -150,7 +151,7 @@ def test_a_disk_that_fails_while_written_to(tmp_path, number):
 
 
 def test_a_file_that_was_cut_is_an_error(tmp_path):
-    with OnDisk(tmp_path) as waiting:
+    with closing(OnDisk(tmp_path)) as waiting:
         waiting.put(0, rows(30))
         waiting._file.truncate(100)
         with pytest.raises(SourceError, match="shorter than what was written"):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import torch.nn as nn
 
 from fastlens import HookedTransformer
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import MemoryLimitError
 from fastlens.weights import fold
+from fastlens.weights.files import CHUNK_BYTES
 from fastlens.weights.on_demand import parameters_on_meta
 from fastlens.weights.source import open_source
 from fastlens.weights.stream import StreamedGroup, WeightStream
@@ -168,5 +168,5 @@ def test_every_parameter_is_placed(make):
     model, stream, _ = make(3)
     placed = {key for group in stream.groups.values() for key in group.meta}
     assert placed == {name for name, _ in model.named_parameters()}
-    assert stream.transient > 0
-    assert all(not isinstance(p, nn.UninitializedParameter) for p in model.parameters())
+    # Reading a group never takes less than one part of a file at a time.
+    assert stream.transient >= CHUNK_BYTES
