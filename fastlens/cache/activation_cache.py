@@ -234,7 +234,8 @@ class ActivationCache(RunParts):
             rows = rows.flatten(0, -3) if rows.ndim > 3 else rows
             rows = rows.unsqueeze(1) if rows.ndim == 2 else rows
             ln_final = self.model.ln_final
-            weight = next(ln_final.parameters(), rows)
+            # Norms without a gain have no device.
+            weight = getattr(ln_final, "w", rows)
             normed = ln_final(rows.to(weight.device)).to(rows.device)
             return normed.reshape(residual_stack.shape)
         return self._norm_into(upto, mlp_input, pos, batch).apply(residual_stack)

@@ -167,21 +167,33 @@ def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str | None:
 
 
 def weights_digest(model: Any) -> str:
-    """Of all parameters, buffers and the config; of a streamed model, of the config alone.
+    """Of all parameters, buffers and the config; of a streamed model, one layer after the other.
 
     Reads every weight once.
     """
     whole = hashlib.blake2b(digest_size=16)
     config = {k: v for k, v in model.cfg.to_dict().items() if k not in ("device", "n_devices")}
     whole.update(json.dumps(config, sort_keys=True, default=str).encode())
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = sorted(named)
+    whole.update(
+        json.dumps([[n, str(named[n].dtype), list(named[n].shape)] for n in names]).encode()
+    )
+    # What is listed of a streamed model need not be in memory, and what is would stay there.
+    del named
+
+    def digest(name: str) -> bytes:
+        path, _, leaf = name.rpartition(".")
+        return _digest_as_it_lies(getattr(model.get_submodule(path), leaf))
+
     if getattr(model, "streaming", None) is not None:
-        return whole.hexdigest()
-    named = sorted(model.state_dict().items())
-    # Hashing lets go of the interpreter; processors have instructions for this one.
-    with ThreadPoolExecutor(2) as pool:
-        digests = list(pool.map(_digest_as_it_lies, (tensor for _, tensor in named)))
-    for (name, tensor), digest in zip(named, digests, strict=True):
-        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + digest)
+        digests = list(map(digest, names))
+    else:
+        # Hashing lets go of the interpreter; processors have instructions for this one.
+        with ThreadPoolExecutor(2) as pool:
+            digests = list(pool.map(digest, names))
+    for one in digests:
+        whole.update(one)
     return whole.hexdigest()
 
 

@@ -107,10 +107,46 @@ class StreamedParameter(nn.Parameter):
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
 
+# What may be asked of a weight that is away.
+_KNOWN = frozenset(
+    {
+        *("shape", "dtype", "ndim", "requires_grad", "is_leaf", "is_meta", "grad", "layout"),
+        *("nbytes", "itemsize", "names", "is_sparse", "is_quantized", "_backward_hooks"),
+        *("size", "dim", "numel", "nelement", "stride", "element_size", "__len__", "__hash__"),
+        *("is_floating_point", "is_complex", "ndimension", "_version"),
+    }
+)
+
+
+class AwayParameter(nn.Parameter):
+    """Stands for a weight that is not in memory: it has a shape and dtype, and refuses the rest.
+
+    ``named_parameters`` and the like give it, as they are there to count and to list. Without a
+    refusal, what is written to it would be lost in silence.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name not in _KNOWN:
+            raise StreamError(
+                f"{name} was asked of a weight that is not in memory, as named_parameters() and "
+                f"parameters() list it while it is away. Read it by its place instead, such as "
+                f"model.blocks[0].attn.W_Q: that brings its layer."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"AwayParameter({list(self.shape)}, {self.dtype}, not in memory)"
+
+
 class OnDemand(dict[str, Any]):
     """A module's parameters by name; reading one brings its group into memory.
 
-    Iterating (``named_parameters``) brings nothing: what is away is a tensor on the meta device.
+    Iterating (``named_parameters``) brings nothing: what is away is an `AwayParameter`.
     """
 
     def __init__(self, entries: Mapping[str, Any], group: Group):

@@ -17,7 +17,7 @@ from fastlens.memory import said_bytes
 from fastlens.weights.blocks import Blocks
 from fastlens.weights.fold import VOCABULARY_PART, group_of, process_group
 from fastlens.weights.load import HALF, check_fit, fill_rest, store
-from fastlens.weights.on_demand import Layout, OnDemand, StreamedParameter
+from fastlens.weights.on_demand import AwayParameter, Layout, OnDemand, StreamedParameter
 from fastlens.weights.source import Source
 from fastlens.weights.tensor_files import CHUNK_BYTES
 
@@ -30,7 +30,7 @@ class StreamedGroup:
         part_of: The group of the source that they are in.
         without: What else is in that, and not read.
         layout: How they lie in memory.
-        meta: What stands for them while they are away, by full name.
+        meta: Their shapes and places in memory, by full name.
         is_here: Whether they are in memory.
         why_kept: Why they are no longer what the file says, or None.
     """
@@ -58,6 +58,7 @@ class StreamedGroup:
         """One more parameter: its module's dict, its name there, its full name."""
         self._members.append((entries, name, key))
         self.meta[key] = entries.held(name)
+        entries.put(name, AwayParameter(self.meta[key], requires_grad=False))
 
     def settle(self) -> None:
         """All are added."""
@@ -121,7 +122,7 @@ class StreamedGroup:
         for entries, name, key in self._members:
             parameter = entries.held(name)
             self._away[key] = (weakref.ref(parameter), parameter._version)
-            entries.put(name, self.meta[key])
+            entries.put(name, AwayParameter(self.meta[key], requires_grad=False))
         self.is_here = False
 
     def storages(self) -> Iterator[tuple[int, Tensor]]:

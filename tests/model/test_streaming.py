@@ -431,3 +431,40 @@ def test_sweeps_with_gradients(llama):
         found.append(steer.grad)
     assert found[0].abs().sum() > 0
     assert torch.equal(*found)
+
+
+def test_listed_weights_can_be_counted_and_not_written(llama):
+    in_memory, streamed = llama
+    assert streamed.n_params_total == in_memory.n_params_total
+    assert [p.dtype for p in streamed.parameters()] == [p.dtype for p in in_memory.parameters()]
+    assert streamed.streaming.stream.bytes_read == 0
+    streamed.zero_grad()
+    away = dict(streamed.named_parameters())["blocks.0.attn.W_Q"]
+    assert repr(away) == "AwayParameter([4, 32, 8], torch.float32, not in memory)"
+    writes = [
+        lambda: away.mul_(2),
+        lambda: away.data,
+        lambda: away.norm(),
+        lambda: away.requires_grad_(),
+        lambda: away[0],
+        lambda: setattr(away, "data", torch.zeros(3)),
+        lambda: torch.nn.init.zeros_(away),
+        streamed.init_weights,
+    ]
+    for write in writes:
+        with torch.no_grad(), pytest.raises(StreamError, match="not in memory"):
+            write()
+
+
+def test_methods_of_a_cache_read_streamed_weights(folders):
+    names = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    found = []
+    for offload in (None, "disk"):
+        model = load(folders["llama_grouped"], offload=offload, **dict.fromkeys(names, False))
+        with torch.no_grad():
+            _, cache = model.run_with_cache(prompt())
+            streams = cache.accumulated_resid(apply_ln=True)
+            parts, labels = cache.get_full_resid_decomposition(return_labels=True)
+            found.append((streams, parts, cache.logit_attrs(parts, torch.tensor([[5], [9]]))))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

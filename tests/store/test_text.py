@@ -274,3 +274,15 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
         monkeypatch.undo()
     capture_text(model, texts, SITES, tmp_path / "b", **options())
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_streamed_model_has_the_digest_of_its_weights():
+    models = [
+        HookedTransformer.from_pretrained("toy-induction", offload=offload, verbose=False)
+        for offload in (None, "disk")
+    ]
+    digests = [weights_digest(model) for model in models]
+    assert digests[0] == digests[1]
+    with torch.no_grad():
+        models[1].blocks[0].attn.W_Q[0, 0, 0] += 1
+    assert weights_digest(models[1]) != digests[0]
