@@ -26,8 +26,8 @@ class StreamedGroup:
     """Parameters that are read together: one layer's, the unembedding with its norm, and so on.
 
     Attributes:
-        name: As in `fold.group_of`; "pos_embed" stands by itself, as the embedding is large.
-        part_of: The group of the source that they are in.
+        name: Of the group in `fold.group_of`; of the parts of "embed", each one's own.
+        part_of: That group.
         without: What else is in that, and not read.
         layout: How they lie in memory.
         meta: Their shapes and places in memory, by full name.
@@ -35,9 +35,9 @@ class StreamedGroup:
         why_kept: Why they are no longer what the file says, or None.
     """
 
-    def __init__(self, name: str, stream: "WeightStream"):
+    def __init__(self, name: str, part_of: str, stream: "WeightStream"):
         self.name = name
-        self.part_of = "embed" if name == "pos_embed" else name
+        self.part_of = part_of
         self.without: frozenset[str] = frozenset()
         self.is_here = False
         self.why_kept: str | None = None
@@ -83,6 +83,9 @@ class StreamedGroup:
             if parameter is None:
                 parameter = StreamedParameter(tensors[key], requires_grad=False)
                 parameter.fastlens_group = self
+            else:
+                # The same numbers, next to their neighbours again.
+                torch.Tensor.data.__set__(parameter, tensors[key])  # type: ignore[attr-defined]
             entries.put(name, parameter)
             self._versions[key] = parameter._version
         self._away.clear()
@@ -190,10 +193,10 @@ class WeightStream:
                 continue
             prefix = f"{path}." if path else ""
             # A module's parameters all belong to one group.
-            name = group_of(prefix + own[0])
-            if path == "pos_embed":
-                name = path
-            group = found.setdefault(name, StreamedGroup(name, self))
+            part_of = group_of(prefix + own[0])
+            # Learned positions do not bring the embedding, which is large.
+            name = path.split(".")[0] if part_of == "embed" else part_of
+            group = found.setdefault(name, StreamedGroup(name, part_of, self))
             entries = OnDemand(module._parameters, group)
             module.__dict__["_parameters"] = entries
             for one in own:

@@ -241,8 +241,10 @@ def test_an_edit_of_weights_that_were_let_go(llama):
         kept = streamed.blocks[0].attn.W_Q
         streamed(prompt())
         assert "blocks.0" not in held(streamed)
-        # The same object comes back while somebody holds it.
+        # The same object comes back while somebody holds it, and one product gives q, k and v.
         assert streamed.blocks[0].attn.W_Q is kept
+        assert torch.equal(streamed(prompt()), llama[0](prompt()))
+        streamed(prompt())
         streamed(prompt())
         kept.zero_()
         with pytest.raises(EditedError, match=r"blocks\.0\.attn\.W_Q was written to"):
