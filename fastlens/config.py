@@ -22,6 +22,10 @@ INIT_MODES = (
     "gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "muP",
 )  # fmt: skip
 SOFTCAP_OFF = -1.0
+QK_NORMS = ("head", "joined", "layer_norm")
+# TransformerLens knows these two mechanisms by the architecture's name.
+_NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+_JOINED_QK_NORM = (*_NORM_AFTER, "OlmoeForCausalLM")
 
 
 @dataclass(repr=False)
@@ -37,6 +41,14 @@ class HookedTransformerConfig:
     Derived fields (``n_heads``, ``d_mlp``, ``d_vocab_out``, ``rotary_dim``, ``attn_scale``,
     ``initializer_range``, ``n_params``, ``device``) are filled in at construction. ``n_params``
     counts attention and MLP matrices only (Kaplan et al. 2020), not embeddings, biases or norms.
+
+    Three fields are not TransformerLens':
+    ``norm_after_sublayer``: ln1 and ln2 normalise what attention and MLP write, not what they read
+    (OLMo-2, OLMo-3, Exaone-4). ``qk_norm_kind``: with ``use_qk_norm``, "head" is an RMS norm of
+    every head with one gain for all (Qwen-3, Gemma-3), "joined" one RMS norm over the channels of
+    all heads (OLMo-2, OLMoE), "layer_norm" a LayerNorm of every head with gains of its own and no
+    bias (Cohere, StableLM). ``rotary_layers``: which layers rotate queries and keys; None is all of
+    them (SmolLM-3, Cohere-2 and Exaone-4 have layers without positions).
 
     Raises: ConfigError for values that contradict each other.
     """
@@ -128,6 +140,10 @@ class HookedTransformerConfig:
     yarn_global_attn_only: bool = False
     use_attention_sinks: bool = False
     norm_topk_prob: bool = False
+    # From here on: what TransformerLens' config has no field for.
+    norm_after_sublayer: bool = False
+    qk_norm_kind: str = "head"
+    rotary_layers: list[bool] | None = None
 
     def __post_init__(self) -> None:
         self._fill_sizes()
@@ -147,6 +163,10 @@ class HookedTransformerConfig:
             self.d_mlp = 4 * self.d_model
         if self.d_vocab_out == -1:
             self.d_vocab_out = self.d_vocab
+        if self.original_architecture in _NORM_AFTER:
+            self.norm_after_sublayer = True
+        if self.original_architecture in _JOINED_QK_NORM:
+            self.use_qk_norm, self.qk_norm_kind = True, "joined"
         if self.positional_embedding_type == "rotary" and self.rotary_dim is None:
             self.rotary_dim = self.d_head
         if self.initializer_range < 0:
@@ -168,6 +188,11 @@ class HookedTransformerConfig:
         self._check_one_of("positional_embedding_type", POSITIONS)
         self._check_one_of("init_mode", INIT_MODES)
         self._check_one_of("attention_dir", ("causal", "bidirectional"))
+        self._check_one_of("qk_norm_kind", QK_NORMS)
+        if self.rotary_layers is not None and len(self.rotary_layers) < self.n_layers:
+            raise ConfigError(
+                f"rotary_layers has {len(self.rotary_layers)} entries for {self.n_layers} layers."
+            )
         if not self.attn_only:
             self._check_one_of("act_fn", ACTIVATIONS)
         groups = self.n_key_value_heads

@@ -7,7 +7,7 @@ that lists it all, because an ignored attribute or tensor is a model that is sil
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -48,16 +48,19 @@ class Key:
     """One tensor of a checkpoint: its axes there, and the parameters it becomes.
 
     ``axes`` names sizes of the config (``d_model d_mlp d_vocab n_ctx``) and of the heads: ``heads``
-    and ``kv_heads`` are ``n * d_head``, ``qkv`` is three times ``heads``; ``two`` is 2. ``into``
-    may be several names, or none (read, checked by ``view`` and dropped); ``{l}`` is the layer,
-    ``{kv}`` an underscore where key-value heads are grouped. ``when`` names a config attribute
-    without which the tensor does not exist.
+    and ``kv_heads`` are ``n * d_head``, ``qkv`` is three times ``heads``; ``two`` is 2. A size may
+    be a sum of names and numbers: ``heads+kv_heads+kv_heads``, ``n_ctx+2``. ``into`` may be several
+    names, or none (read, checked by ``view`` and dropped); ``{l}`` is the layer, ``{kv}`` an
+    underscore where key-value heads are grouped. ``when`` names a config attribute, or is a
+    function of the config, without which the tensor does not exist. ``factor`` multiplies what
+    is read; `Family.plan` sets it from `Family.factors`.
     """
 
     axes: str
     into: str | tuple[str, ...]
     view: View = as_it_is
-    when: str | None = None
+    when: str | Callable[[dict[str, Any]], bool] | None = None
+    factor: float = 1.0
 
     def targets(self, layer: int | None, grouped: bool) -> tuple[str, ...]:
         """The parameter names for one layer."""
@@ -104,6 +107,8 @@ class Family:
     ``prefix``: the base model's name in tensor names, which old checkpoints lack.
     ``keys``: tensor name without prefix -> `Key`, or None for a known buffer that is dropped.
     ``aliases``: TransformerLens' names -> hub repositories.
+    ``factors``: parameter (``{l}`` for the layer) -> what its tensor is multiplied with, as a
+    function of the config: multipliers of the embedding, of what layers write, of the logits.
     ``checkpoints``: repository -> (revision pattern, steps), or None if it has no checkpoints.
     ``model_class``: the class of ours that loads it.
     ``optional``: parts of our model that a checkpoint may lack as a whole (task heads), each as
@@ -127,6 +132,7 @@ class Family:
     repositories: tuple[str, ...] = ()
     default_prepend_bos: bool = True
     gguf: Mapping[str, Gguf] = field(default_factory=dict)
+    factors: Mapping[str, Callable[[dict[str, Any]], float]] = field(default_factory=dict)
     checkpoints: Callable[[str], tuple[str, Sequence[int]] | None] | None = None
     model_class: str = "HookedTransformer"
     optional: tuple[tuple[str, ...], ...] = ()
@@ -206,18 +212,18 @@ class Family:
             if key is None or (pattern, layer) not in wanted:
                 problems.append(f"unknown: {name} {list(shape)}")
                 continue
-            expected = tuple(sizes[axis] for axis in key.axes.split())
+            expected = tuple(_size(axis, sizes) for axis in key.axes.split())
             if tuple(shape) != expected:
                 problems.append(f"wrong shape: {name} is {list(shape)}, expected {list(expected)}")
             covered.update(key.targets(layer, grouped))
-            self._enter(plan, name, key, layer, grouped)
+            self._enter(plan, name, self._with_factor(key, config), layer, grouped)
         wholly_absent = absent_parts(self.optional, covered)
         if (
             "unembed.W_U" not in covered
             and "unembed" not in wholly_absent
             and config.get("tie_word_embeddings", self.ties_by_default)
         ):
-            self._tie(plan)
+            self._tie(plan, config)
             covered.add("unembed.W_U")
         problems += self._missing(wanted, covered, grouped, wholly_absent)
         if problems:
@@ -237,7 +243,11 @@ class Family:
         for pattern, key in self.keys.items():
             if key is None:
                 continue
-            if key.when is not None and not config.get(key.when, self.switches[key.when]):
+            if isinstance(key.when, str):
+                exists = config.get(key.when, self.switches[key.when])
+            else:
+                exists = key.when is None or key.when(config)
+            if not exists:
                 continue
             layers: Iterable[int | None] = range(n_layers) if "{l}" in pattern else (None,)
             yield from ((pattern, layer) for layer in layers)
@@ -294,11 +304,17 @@ class Family:
             if not entry[2] or place == first[entry[2]]
         ]
 
-    @staticmethod
-    def _tie(plan: Plan) -> None:
+    def _with_factor(self, key: Key, config: dict[str, Any]) -> Key:
+        """The key as this config multiplies it."""
+        into = (key.into,) if isinstance(key.into, str) else key.into
+        found = [self.factors[name](config) for name in into if name in self.factors]
+        return replace(key, factor=float(found[0])) if found else key
+
+    def _tie(self, plan: Plan, config: dict[str, Any]) -> None:
         for name, _, targets in plan.get("embed", []):
             if targets in (("embed.W_E",), ("embed.embed.W_E",)):
                 tied = Key("d_vocab d_model", "unembed.W_U", transposed)
+                tied = self._with_factor(tied, config)
                 plan.setdefault("unembed", []).append((name, tied, ("unembed.W_U",)))
 
 
@@ -340,6 +356,11 @@ def _sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "n_heads": cfg.n_heads,
         "buckets": cfg.relative_attention_num_buckets or 0,
     }
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    """``heads+kv_heads`` or ``n_ctx+2`` as a number."""
+    return sum(int(part) if part.isdecimal() else sizes[part] for part in axis.split("+"))
 
 
 def absent_parts(optional: Iterable[tuple[str, ...]], parameters: Iterable[str]) -> set[str]:

@@ -206,6 +206,7 @@ class CheckpointSource:
         for tensor, key, targets in self._plan.get(name, []):
             if targets and set(targets) <= set(without):
                 continue
+            out = None
             if device is None:
                 out = self._landing(tensor, key, targets, cfg, dtype, into)
                 read = self._reader.read(tensor, dtype, out)
@@ -215,6 +216,10 @@ class CheckpointSource:
                 read = self._reader.read(tensor, dtype).to(device)
             views = key.view(read, cfg)
             views = (views,) if isinstance(views, Tensor) else views
+            if out is not None and key.factor != 1:
+                read.mul_(key.factor)
+            elif key.factor != 1:
+                views = [view * key.factor for view in views]
             tensors.update(zip(targets, views, strict=True))
         return tensors
 
@@ -255,7 +260,8 @@ class CheckpointSource:
         wanted = {"embed.W_E": as_it_is, "unembed.W_U": transposed}[name]
         for tensor, key, targets in self._plan.get(group_of(name), []):
             if targets == (name,) and key.view is wanted and read is not None:
-                return read(tensor, tokens, dtype)
+                rows = read(tensor, tokens, dtype)
+                return rows if key.factor == 1 else rows * key.factor
         return None
 
     @property
@@ -355,9 +361,12 @@ def landing(
     """
     if dtype != parameter.dtype or parameter.device.type not in ("cpu", "meta"):
         return None
-    seen = view(torch.empty(shape, dtype=dtype, device="meta"), cfg)
+    stored = torch.empty(shape, dtype=dtype, device="meta")
+    seen = view(stored, cfg)
     same = (
         isinstance(seen, Tensor)
+        # What is computed, and no view, has memory of its own.
+        and (seen is stored or seen._base is stored)
         and seen.numel() == math.prod(shape)
         and seen.shape == parameter.shape
         and seen.stride() == parameter.stride()

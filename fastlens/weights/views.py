@@ -45,6 +45,16 @@ def first_positions(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
     return tensor[: cfg.n_ctx]
 
 
+def plus_one(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """A norm's gain that is stored as its difference from one (Gemma, Nemotron)."""
+    return tensor + 1
+
+
+def both(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, Tensor]:
+    """The same tensor for two parameters: a parallel block whose one norm feeds both branches."""
+    return tensor, tensor.clone()
+
+
 def must_be_zero(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, ...]:
     """Nothing, if the tensor is zero everywhere: there is no parameter it could become."""
     if tensor.count_nonzero():
