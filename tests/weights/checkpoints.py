@@ -72,6 +72,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def cases_of(family: str) -> dict[str, dict[str, Any]]:
+    """The arguments of a family's cases. Biases of gates, which `hf_model` zeroes, are left out."""
+    return {
+        name: arguments
+        for name, (of, _, arguments) in CASES.items()
+        if of == family and not arguments.get("mlp_bias")
+    }
+
+
 @functools.cache
 def hf_model(case: str) -> Any:
     """The model of a case, in eval mode, with every parameter random (gains around one)."""

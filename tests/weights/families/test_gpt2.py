@@ -6,16 +6,17 @@ import torch
 from fastlens.config import HookedTransformerConfig
 from fastlens.weights.families.gpt2 import FAMILY
 from fastlens.weights.source import open_source
-from tests.weights.checkpoints import hf_model, save_folder, weights_of, write_gguf
+from tests.weights.checkpoints import cases_of, hf_model, save_folder, weights_of, write_gguf
 from tests.weights.families.facts import (
     check_aliases,
-    check_defaults,
     check_same_as_transformerlens,
 )
+from tests.weights.families.generated import FamilyTests
 
 
-def test_defaults_are_transformers():
-    check_defaults(FAMILY)
+class TestGpt2(FamilyTests):
+    family = FAMILY
+    cases = cases_of(FAMILY.name)
 
 
 @pytest.mark.tl

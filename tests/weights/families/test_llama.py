@@ -9,16 +9,17 @@ import torch
 from fastlens.errors import ConfigError, WeightsError
 from fastlens.weights.families.llama import FAMILY
 from fastlens.weights.source import open_source
-from tests.weights.checkpoints import CASES, hf_model, save_folder, weights_of, write_gguf
+from tests.weights.checkpoints import CASES, cases_of, hf_model, save_folder, weights_of, write_gguf
 from tests.weights.families.facts import (
     check_aliases,
-    check_defaults,
     check_same_as_transformerlens,
 )
+from tests.weights.families.generated import FamilyTests
 
 
-def test_defaults_are_transformers():
-    check_defaults(FAMILY)
+class TestLlama(FamilyTests):
+    family = FAMILY
+    cases = cases_of(FAMILY.name)
 
 
 @pytest.mark.tl

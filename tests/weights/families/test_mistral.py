@@ -5,16 +5,17 @@ import pytest
 from fastlens.errors import ConfigError, WeightsError
 from fastlens.weights.families.mistral import FAMILY
 from fastlens.weights.source import open_source
-from tests.weights.checkpoints import hf_model, save_folder
+from tests.weights.checkpoints import cases_of, hf_model, save_folder
 from tests.weights.families.facts import (
     check_aliases,
-    check_defaults,
     check_same_as_transformerlens,
 )
+from tests.weights.families.generated import FamilyTests
 
 
-def test_defaults_are_transformers():
-    check_defaults(FAMILY)
+class TestMistral(FamilyTests):
+    family = FAMILY
+    cases = cases_of(FAMILY.name)
 
 
 @pytest.mark.tl
