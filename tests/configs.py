@@ -92,6 +92,16 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "NTK_original_ctx_len": 128,
         "rotary_base": 1000,
     },
+    # Norms on what is written, one QK-norm over all heads.
+    "olmo2": {**_LLAMA, "n_layers": 2, "original_architecture": "Olmo2ForCausalLM"},
+    "sinks": {
+        **_LLAMA,
+        "n_layers": 2,
+        "use_attention_sinks": True,
+        "use_local_attn": True,
+        "window_size": 4,
+        "attn_types": ["local", "global"],
+    },
     "post_embedding_ln": {
         **_BASE,
         "positional_embedding_type": "alibi",

@@ -8,6 +8,7 @@ import torch.nn as nn
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlens.components.norms import norm_behind
 from fastlens.decompose import FrozenNorm
 from fastlens.errors import ConfigError, FastlensError, did_you_mean
 from fastlens.patching.metrics import Answer, Metric, Position, answer_logit, logit_diff
@@ -152,14 +153,14 @@ class _Run:
             names.append("hook_pos_embed")
         if cfg.normalization_type is not None:
             names.append("ln_final.hook_scale")
-        behind = cfg.use_normalization_before_and_after
+        behind = norm_behind(cfg, "ln1" if by == "head" else "ln2")
         for layer in range(cfg.n_layers):
             start = f"blocks.{layer}."
             names.append(start + ("attn.hook_z" if by == "head" else "hook_attn_out"))
             if not cfg.attn_only:
                 names.append(start + ("mlp.hook_post" if by == "neuron" else "hook_mlp_out"))
-            if behind and by != "component":
-                names.append(f"{start}ln{1 if by == 'head' else 2}_post.hook_scale")
+            if behind is not None and by != "component":
+                names.append(f"{start}{behind}.hook_scale")
         return [(name, self._keep) for name in names]
 
     def _keep(self, activation: Tensor, hook: Any) -> None:
@@ -218,7 +219,7 @@ class _Run:
 
     def _heads(self, layer: int, block: Any, read: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the heads ``[batch, head]`` and of the output bias ``[batch]``."""
-        along, bias = self._behind(layer, block, "ln1_post", read)
+        along, bias = self._behind(layer, block, "ln1", read)
         attn = block.attn
         w_o = self._wide(attn.W_O.detach())
         onto = (along @ w_o.reshape(-1, w_o.shape[2]).T).unflatten(1, w_o.shape[:2])
@@ -233,15 +234,17 @@ class _Run:
                 f"by='neuron': the MLP of layer {layer} ({type(block.mlp).__name__}) has no W_out, "
                 f"so it has no neurons to tell apart."
             )
-        along, bias = self._behind(layer, block, "ln2_post", read)
+        along, bias = self._behind(layer, block, "ln2", read)
         share = self.rows[f"blocks.{layer}.mlp.hook_post"] * (along @ self._wide(w_out.detach()).T)
         return share, bias + along @ self._wide(block.mlp.b_out.detach())
 
     def _behind(self, layer: int, block: Any, name: str, read: Tensor) -> tuple[Tensor, Tensor]:
         """The direction as seen before the norm on what the sublayer writes, and the share of that
         norm's bias."""
-        if not self.model.cfg.use_normalization_before_and_after:
+        behind = norm_behind(self.model.cfg, name)
+        if behind is None:
             return read, read.new_zeros(len(read))
+        name = behind
         norm = self._norm(f"blocks.{layer}.{name}", getattr(block, name))
         bias = read.new_zeros(len(read)) if norm.bias is None else read @ norm.bias
         return norm.divide(norm.pull_back(read)), bias

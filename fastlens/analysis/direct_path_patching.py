@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlens.components.norms import norm_before, norm_behind
 from fastlens.decompose import FrozenNorm, head_results
 from fastlens.errors import (
     HookNameError,
@@ -147,8 +148,10 @@ def _from_layer(
     for sent in written:
         for destination in later:
             block = model.blocks[destination]
-            name = f"blocks.{destination}.ln1"
-            read = _frozen(cfg, block.ln1, name, corrupted_cache).apply(sent)
+            read = sent
+            if norm_before(cfg, "ln1") is not None:
+                name = f"blocks.{destination}.ln1"
+                read = _frozen(cfg, block.ln1, name, corrupted_cache).apply(sent)
             weights = getattr(block.attn, f"W_{component.upper()}")
             for head in range(cfg.n_heads):
                 change = (read @ weights[head])[:, :, None]
@@ -179,9 +182,10 @@ def _written(
     z = [_activation(cache, name, which)[:, :, heads] for cache, which in _both(clean, corrupted)]
     block = model.blocks[layer]
     written = head_results((z[0] - z[1]).detach(), block.attn.W_O[heads].detach())
-    if not getattr(model.cfg, "use_normalization_before_and_after", False):
+    behind = norm_behind(model.cfg, "ln1")
+    if behind is None:
         return written
-    after = _frozen(model.cfg, block.ln1_post, f"blocks.{layer}.ln1_post", corrupted)
+    after = _frozen(model.cfg, getattr(block, behind), f"blocks.{layer}.{behind}", corrupted)
     return after.apply(written)
 
 

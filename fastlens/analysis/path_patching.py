@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlens.components.rows import mlp_output, normalized, output_of_heads
+from fastlens.components.norms import norm_behind
+from fastlens.components.rows import mlp_output, output_of_heads, read, written
 from fastlens.decompose import head_results
 from fastlens.errors import SweepError, did_you_mean
 from fastlens.memory import bytes_of
@@ -351,21 +352,19 @@ class _Paths:
         name = f"blocks.{layer}.attn.hook_z"
         base, source = self.at_base[name], self.at_source[name]
         chosen = list(heads)
-        written = head_results((source - base)[:, :, chosen], block.attn.W_O[chosen])
-        if not self.model.cfg.use_normalization_before_and_after:
-            return written
-        whole = output_of_heads(block.attn, base.flatten(0, 1)).view(written.shape[1:])
-        return _difference(lambda x: normalized(block.ln1_post, x), whole, written)
+        sent = head_results((source - base)[:, :, chosen], block.attn.W_O[chosen])
+        if norm_behind(self.model.cfg, "ln1") is None:
+            return sent
+        whole = output_of_heads(block.attn, base.flatten(0, 1)).view(sent.shape[1:])
+        return _difference(lambda x: written(block, "ln1", x), whole, sent)
 
     def _change(self, block: Any, base: Tensor, stream: Tensor) -> Tensor:
         """How what the MLP writes differs."""
 
-        def written(rows: Tensor) -> Tensor:
-            out = mlp_output(block.mlp, normalized(block.ln2, rows))
-            post = self.model.cfg.use_normalization_before_and_after
-            return normalized(block.ln2_post, out) if post else out
+        def mlp_out(rows: Tensor) -> Tensor:
+            return written(block, "ln2", mlp_output(block.mlp, read(block, "ln2", rows)))
 
-        return _difference(written, base, stream)
+        return _difference(mlp_out, base, stream)
 
     def _heard(self, layer: int, stream: Tensor) -> dict[Receiver, Tensor]:
         """What arrives at this layer's receivers."""
@@ -374,10 +373,10 @@ class _Paths:
             return {}
         block = self.model.blocks[layer]
         before = self.at_base[f"blocks.{layer}.hook_resid_pre"]
-        read = _difference(lambda x: normalized(block.ln1, x), before, stream)
+        change = _difference(lambda x: read(block, "ln1", x), before, stream)
         w_k, w_v, _, _ = block.attn.key_value_leaves()
         weights = {"q": block.attn.W_Q, "k": w_k, "v": w_v}
-        return {one: read @ weights[one.letter][one.head] for one in here}
+        return {one: change @ weights[one.letter][one.head] for one in here}
 
     # -- by hooks, one forward per sender ----------------------------------------------------
 

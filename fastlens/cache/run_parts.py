@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlens.act_names import get_act_name
 from fastlens.cache.activations import Activations
+from fastlens.components.norms import norm_before, norm_behind
 from fastlens.decompose import FrozenNorm, head_results, neuron_results
 from fastlens.errors import ConfigError, LayerError, ShapeError
 from fastlens.slices import Slice
@@ -76,6 +77,9 @@ class RunParts(Activations):
         if cfg.normalization_type is None:
             return FrozenNorm()
         is_final = layer == cfg.n_layers
+        if not is_final and norm_before(cfg, "ln1") is None:
+            # The sublayer reads the stream as it is.
+            return FrozenNorm()
         norm = "ln_final" if is_final else f"blocks.{layer}.ln{2 if mlp_input else 1}"
         is_rms = cfg.normalization_type.startswith("RMS") or (
             is_final and getattr(cfg, "final_rms", False)
@@ -87,8 +91,10 @@ class RunParts(Activations):
 
     def _post_norm(self, layer: int, norm: str, pos: Slice) -> FrozenNorm:
         """The norm on what a sublayer writes, if the model has such norms (Gemma 2)."""
-        if not getattr(self.model.cfg, "use_normalization_before_and_after", False):
+        behind = norm_behind(self.model.cfg, norm)
+        if behind is None:
             return FrozenNorm()
+        norm = behind
         module = getattr(self.model.blocks[layer], norm)
         scale = self._scale(f"blocks.{layer}.{norm}.hook_scale", pos)
         leaves = (getattr(module, name, None) for name in ("w", "b"))
@@ -113,7 +119,7 @@ class RunParts(Activations):
         self, layer: int, pos: Slice, read: Tensor | None = None, after_norm: bool = False
     ) -> Tensor:
         """One row a head, along the directions ``read`` if given (``[n, d_model]``)."""
-        norm = self._post_norm(layer, "ln1_post", pos) if after_norm else FrozenNorm()
+        norm = self._post_norm(layer, "ln1", pos) if after_norm else FrozenNorm()
         name = get_act_name("result", layer)
         along = None if read is None else norm.pull_back(read).mT
         if name in self.cache_dict:
@@ -134,7 +140,7 @@ class RunParts(Activations):
         after_norm: bool = False,
     ) -> Tensor:
         """One row a neuron, along the directions ``read`` if given (``[n, d_model]``)."""
-        norm = self._post_norm(layer, "ln2_post", pos) if after_norm else FrozenNorm()
+        norm = self._post_norm(layer, "ln2", pos) if after_norm else FrozenNorm()
         post = neurons.apply(pos.apply(self[("post", layer)], dim=-2), dim=-1)
         W_out = neurons.apply(self._W_out(layer, post.device), dim=0)
         if read is not None:
@@ -153,14 +159,14 @@ class RunParts(Activations):
 
     def _biases(self, layer: int, with_own_attention: bool, with_mlps: bool, pos: Slice) -> Tensor:
         """Sum of the output biases before ``layer``, or before its MLP."""
-        if not getattr(self.model.cfg, "use_normalization_before_and_after", False):
+        if norm_behind(self.model.cfg, "ln1") is None:
             return self.model.accumulated_bias(
                 layer, mlp_input=with_own_attention, include_mlp_biases=with_mlps
             )
         attentions, mlps = layer + with_own_attention, layer if with_mlps else 0
         total: Tensor | None = None
-        sublayers = [(i, "ln1_post", self.model.blocks[i].attn.b_O) for i in range(attentions)]
-        sublayers += [(i, "ln2_post", self.model.blocks[i].mlp.b_out) for i in range(mlps)]
+        sublayers = [(i, "ln1", self.model.blocks[i].attn.b_O) for i in range(attentions)]
+        sublayers += [(i, "ln2", self.model.blocks[i].mlp.b_out) for i in range(mlps)]
         for i, name, bias in sublayers:
             norm = self._post_norm(i, name, pos)
             through = norm.apply(bias if norm.scale is None else bias.to(norm.scale.device))
@@ -194,7 +200,7 @@ class RunParts(Activations):
 
     def _warn_of_post_norms(self, method: str) -> None:
         self._warn_of_normalised_stream(method)
-        if getattr(self.model.cfg, "use_normalization_before_and_after", False):
+        if norm_behind(self.model.cfg, "ln1") is not None:
             _log.warning(
                 "%s: this model normalises what its sublayers write. These rows are before that "
                 "norm, so they are not what entered the stream; get_full_resid_decomposition() is.",

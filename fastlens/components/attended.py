@@ -11,6 +11,7 @@ from fastlens.errors import ShapeError
 from fastlens.hooks.point import HookPoint, is_live
 from fastlens.kernels.masks import AttentionRule
 from fastlens.ops.attention_pattern import attention_pattern, attention_with_pattern
+from fastlens.ops.attention_sinks import pattern_from
 
 
 class Attended(NamedTuple):
@@ -20,6 +21,7 @@ class Attended(NamedTuple):
         q: ``[batch, query_pos, head, d_head]``.
         k: ``[batch, key_pos, kv_head, d_head]``, with the keys of a KV cache.
         rule, offset, key_mask, bias: As `fastlens.ops.attention.attention` takes them.
+        sinks: One more score a head, as `fastlens.ops.attention_sinks` takes them.
     """
 
     q: Tensor
@@ -28,11 +30,13 @@ class Attended(NamedTuple):
     offset: int
     key_mask: Tensor | None
     bias: Tensor | None = None
+    sinks: Tensor | None = None
 
     def detached(self) -> "Attended":
         """The same without a graph behind it."""
         bias = None if self.bias is None else self.bias.detach()
-        return self._replace(q=self.q.detach(), k=self.k.detach(), bias=bias)
+        sinks = None if self.sinks is None else self.sinks.detach()
+        return self._replace(q=self.q.detach(), k=self.k.detach(), bias=bias, sinks=sinks)
 
 
 @runtime_checkable
@@ -64,7 +68,7 @@ def with_heads_looked_at(
 
     Raises: ShapeError for a head that is not there.
     """
-    q, k, rule, offset, key_mask, bias = attended
+    q, k, rule, offset, key_mask, bias, sinks = attended
     in_scores, in_pattern = points
     if heads[-1] >= q.shape[2]:
         raise ShapeError(
@@ -78,8 +82,8 @@ def with_heads_looked_at(
         # What an autograd function returned may not be written to.
         scores = scores.clone()
     seen = _shown(in_scores, scores, heads)
-    pattern = torch.softmax(scores if seen is None else seen, -1)
-    pattern = pattern.masked_fill(pattern.isnan(), 0.0)
+    beside = None if sinks is None else sinks[list(heads)][:, None]
+    pattern = pattern_from(scores if seen is None else seen, beside)
     edited = _shown(in_pattern, pattern, heads)
     if seen is None and edited is None:
         return z

@@ -20,8 +20,8 @@ from fastlens.components.layout import (
     rejoin,
     side_by_side,
 )
-from fastlens.components.norms import RMSNorm
 from fastlens.components.position_methods import PositionMethods
+from fastlens.components.qk_norm import make_qk_norm
 from fastlens.components.rotary_tables import rotary_tables
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
@@ -31,6 +31,7 @@ from fastlens.hooks.point import HookPoint, is_live
 from fastlens.kernels.masks import AttentionRule, alibi_slopes, visibility
 from fastlens.ops.activations import soft_cap
 from fastlens.ops.attention import attention
+from fastlens.ops.attention_sinks import attention_with_sinks, pattern_from
 from fastlens.ops.rotary import rotary
 from fastlens.tokens import get_offset_position_ids
 
@@ -90,10 +91,8 @@ class AbstractAttention(PositionMethods, nn.Module):
         self.attn_type = attn_type
         self.layer_id = layer_id
         self._add_weights()
-        self.q_norm = self.k_norm = None
-        if cfg.use_qk_norm:
-            self.q_norm = _flat_norm(cfg, cfg.d_head)
-            self.k_norm = _flat_norm(cfg, cfg.d_head)
+        self.q_norm = make_qk_norm(cfg, cfg.n_heads)
+        self.k_norm = make_qk_norm(cfg, self.n_kv_heads)
         self.attn_scale = cfg.attn_scale if cfg.use_attn_scale else 1.0
         if cfg.scale_attn_by_inverse_layer_idx:
             if layer_id is None:
@@ -115,7 +114,7 @@ class AbstractAttention(PositionMethods, nn.Module):
             self.register_buffer("rotary_cos", cos)
 
     def _add_weights(self) -> None:
-        """Register the leaves in TransformerLens' order: Q, O, then keys and values."""
+        """Register the leaves in TransformerLens' order: Q, O, sinks, then keys and values."""
         cfg = self.cfg
         kv_heads = self.n_kv_heads
         heads = (cfg.n_heads, kv_heads, kv_heads)
@@ -131,6 +130,9 @@ class AbstractAttention(PositionMethods, nn.Module):
         self.W_O = nn.Parameter(output_heads(w_o, cfg.n_heads))
         self.b_Q = b_q
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model, dtype=cfg.dtype))
+        self.sinks = None
+        if cfg.use_attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(cfg.n_heads, dtype=cfg.dtype))
         for name, leaf in zip(self.KEY_VALUE_NAMES, (w_k, w_v, b_k, b_v), strict=True):
             self.register_parameter(name, leaf)
 
@@ -199,8 +201,11 @@ class AbstractAttention(PositionMethods, nn.Module):
         if heads is not None:
             key_mask = None if attention_mask is None else attention_mask.bool()
             bias, rule = sum_of(added, q.shape[1]), self.rule
-            z = attention(q, k, v, rule, offset, key_mask, bias)
-            attended = Attended(q, k, rule, offset, key_mask, bias)
+            if self.sinks is None:
+                z = attention(q, k, v, rule, offset, key_mask, bias)
+            else:
+                z = attention_with_sinks(q, k, v, self.sinks, rule, offset, key_mask, bias)
+            attended = Attended(q, k, rule, offset, key_mask, bias, self.sinks)
             if self.tap is not None:
                 self.tap.fused(attended.detached())
             if heads:
@@ -209,9 +214,8 @@ class AbstractAttention(PositionMethods, nn.Module):
             return self.hook_z(z)
         scores = self.calculate_attention_scores(q, k)
         scores = self.hook_attn_scores(self._biased(scores, offset, attention_mask, added))
-        pattern = torch.softmax(scores, -1)
-        # A row that sees no key is all NaN; it attends to nothing.
-        pattern = self.hook_pattern(pattern.masked_fill(pattern.isnan(), 0.0))
+        sinks = None if self.sinks is None else self.sinks[:, None]
+        pattern = self.hook_pattern(pattern_from(scores, sinks))
         if self.tap is not None:
             self.tap.materialised(scores.detach(), pattern.detach())
         return self.calculate_z_scores(v, pattern.to(device=v.device, dtype=v.dtype))
@@ -271,11 +275,19 @@ class AbstractAttention(PositionMethods, nn.Module):
         else:
             q, k, v = joint
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q.reshape(-1, q.shape[-1])).reshape(q.shape)
-            k = self.k_norm(k.reshape(-1, k.shape[-1])).reshape(k.shape)
+            self._check_ungrouped()
+            q, k = self.q_norm.of_heads(q), self.k_norm.of_heads(k)
         if self.cfg.clip_qkv is not None:
             q, k, v = (x.clamp(-self.cfg.clip_qkv, self.cfg.clip_qkv) for x in (q, k, v))
         return q, k, v
+
+    def _check_ungrouped(self) -> None:
+        cfg = self.cfg
+        if cfg.ungroup_grouped_query_attention and cfg.qk_norm_kind != "head":
+            raise ConfigError(
+                f"ungroup_grouped_query_attention was asked of a model whose keys pass a "
+                f"{cfg.qk_norm_kind!r} QK-norm, which has one gain for each key head. Leave it off."
+            )
 
     def _looks_at_qkv(self) -> bool:
         # Views of one joint tensor must not reach a cache: each would keep all three alive.
@@ -352,7 +364,17 @@ class AbstractAttention(PositionMethods, nn.Module):
     # -- rotary ------------------------------------------------------------------------------
 
     def _tables(self, n_ctx: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return rotary_tables(self.cfg, n_ctx, dtype, is_local=self.attn_type == "local")
+        sin, cos = rotary_tables(self.cfg, n_ctx, dtype, is_local=self.attn_type == "local")
+        # A turn by nothing: its queries and keys pass the same hooks as those of other layers.
+        return (sin, cos) if self.rotates else (torch.zeros_like(sin), torch.ones_like(cos))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether this layer turns queries and keys by their positions."""
+        layers = self.cfg.rotary_layers
+        if self.cfg.positional_embedding_type != "rotary" or layers is None:
+            return self.cfg.positional_embedding_type == "rotary"
+        return bool(layers[self.layer_id or 0])
 
     def grow_tables(self, n_ctx: int) -> None:
         """Make the rotary tables reach ``n_ctx`` positions."""
@@ -383,6 +405,8 @@ class AbstractAttention(PositionMethods, nn.Module):
         attention_mask: Int[Tensor, "batch all_pos"] | None = None,
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries or keys turned by their positions, which left padding shifts per example."""
+        if not self.rotates:
+            return x
         end = past_kv_pos_offset + x.size(1)
         self.grow_tables(end)
         if attention_mask is None:
@@ -489,15 +513,6 @@ def _storage_shape(leaf: Tensor) -> tuple[int, int]:
     if leaf.ndim == 2:
         return leaf.shape[0], leaf.shape[1]
     return leaf.shape[0] * leaf.shape[2], leaf.shape[1]
-
-
-def _flat_norm(cfg: HookedTransformerConfig, length: int) -> RMSNorm:
-    """A QK-norm: it sees batch, position and head merged into one axis, as in TransformerLens."""
-    norm = RMSNorm(cfg, length)
-    norm.AXES = {"hook_scale": "row one", "hook_normalized": "row d_head"}  # type: ignore[misc]
-    for name, axes in norm.AXES.items():
-        norm._modules[name].axes = axes  # type: ignore[union-attr]
-    return norm
 
 
 def _per_head(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

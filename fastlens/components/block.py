@@ -9,19 +9,17 @@ from torch import Tensor
 from fastlens.components.attention import AbstractAttention, Attention, GroupedQueryAttention
 from fastlens.components.kv_cache import TransformerLensKeyValueCacheEntry
 from fastlens.components.mlp import make_mlp
-from fastlens.components.norms import make_norm
+from fastlens.components.norms import make_norm, norm_before, norm_behind
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
 from fastlens.hooks.point import HookPoint, is_live
 
 _NOT_YET = {
     "num_experts": "mixture-of-experts MLPs",
-    "use_attention_sinks": "attention sinks (GPT-OSS)",
     "use_logn_attn": "log-n attention (Qwen-1)",
     "use_dynamic_ntk_rope": "dynamic NTK rotary scaling (Qwen-1)",
     "load_in_4bit": "bitsandbytes 4-bit weights",
 }
-_POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
 
 
 def check_supported(cfg: HookedTransformerConfig, is_t5: bool = False) -> None:
@@ -31,8 +29,6 @@ def check_supported(cfg: HookedTransformerConfig, is_t5: bool = False) -> None:
         is_t5: Whether a `T5Block` asks, which alone knows T5's relative position bias.
     """
     wanted = [meaning for field, meaning in _NOT_YET.items() if getattr(cfg, field)]
-    if cfg.original_architecture in _POST_NORM:
-        wanted.append(f"{cfg.original_architecture} (norms after the sublayer, QK-norm over heads)")
     if cfg.positional_embedding_type == "relative_positional_bias" and not is_t5:
         wanted.append("relative position bias (T5) in this class: use HookedEncoderDecoder")
     if wanted:
@@ -50,6 +46,16 @@ class ReadingBlock(nn.Module):
     hook_k_input: HookPoint
     hook_v_input: HookPoint
     hook_mlp_in: HookPoint
+
+    def _read(self, name: str, x: Tensor) -> Tensor:
+        """Through the norm before a sublayer, if there is one."""
+        norm = norm_before(self.cfg, name)
+        return x if norm is None else getattr(self, norm)(x)
+
+    def _written(self, name: str, out: Tensor) -> Tensor:
+        """Through the norm behind a sublayer, if there is one."""
+        norm = norm_behind(self.cfg, name)
+        return out if norm is None else getattr(self, norm)(out)
 
     def _mlp_input(self, resid: Tensor) -> Tensor:
         # A clone: a hook that edits it in place must not edit the residual stream.
@@ -70,9 +76,11 @@ class ReadingBlock(nn.Module):
             query_in = spread_over_heads(resid_pre, cfg.n_heads, self.hook_q_input)
             key_in = spread_over_heads(resid_pre, kv_heads, self.hook_k_input)
             value_in = spread_over_heads(resid_pre, kv_heads, self.hook_v_input)
-            query_in, key_in, value_in = self.ln1(query_in), self.ln1(key_in), self.ln1(value_in)
+            query_in, key_in, value_in = (
+                self._read("ln1", x) for x in (query_in, key_in, value_in)
+            )
         else:
-            query_in = key_in = value_in = self.ln1(attn_in)
+            query_in = key_in = value_in = self._read("ln1", attn_in)
         if positions is not None:
             positions = positions if query_in.ndim == 3 else positions[:, :, None]
             shared = query_in is key_in
@@ -94,7 +102,8 @@ class TransformerBlock(ReadingBlock):
 
     Sequential by default; ``parallel_attn_mlp`` has no ``resid_mid`` (GPT-J, GPT-NeoX);
     ``attn_only`` has no MLP; ``use_normalization_before_and_after`` also normalises what attention
-    and MLP write (Gemma 2).
+    and MLP write (Gemma 2), ``norm_after_sublayer`` nothing else (OLMo 2). Both before the hooks of
+    what is written.
     """
 
     AXES = {
@@ -163,23 +172,18 @@ class TransformerBlock(ReadingBlock):
             past_kv_cache_entry=past_kv_cache_entry,
             attention_mask=attention_mask,
         )
-        if self.cfg.use_normalization_before_and_after:
-            attn_out = self.ln1_post(attn_out)
-        attn_out = self.hook_attn_out(attn_out)
+        attn_out = self.hook_attn_out(self._written("ln1", attn_out))
         if self.cfg.attn_only:
             return self.hook_resid_post(resid_pre + attn_out)
         if self.cfg.parallel_attn_mlp:
-            mlp_out = self.apply_mlp(self.ln2(self._mlp_input(resid_pre)))
+            mlp_out = self.apply_mlp(self._read("ln2", self._mlp_input(resid_pre)))
             return self.hook_resid_post(resid_pre + attn_out + mlp_out)
         resid_mid = self.hook_resid_mid(resid_pre + attn_out)
-        mlp_out = self.apply_mlp(self.ln2(self._mlp_input(resid_mid)))
+        mlp_out = self.apply_mlp(self._read("ln2", self._mlp_input(resid_mid)))
         return self.hook_resid_post(resid_mid + mlp_out)
 
     def apply_mlp(
         self, normalized_resid: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """The MLP's contribution to the residual stream, after its hook."""
-        mlp_out = self.mlp(normalized_resid)
-        if self.cfg.use_normalization_before_and_after:
-            mlp_out = self.ln2_post(mlp_out)
-        return self.hook_mlp_out(mlp_out)
+        return self.hook_mlp_out(self._written("ln2", self.mlp(normalized_resid)))

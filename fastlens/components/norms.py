@@ -1,5 +1,7 @@
 """LayerNorm and RMSNorm, and their folded forms without gain and bias."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from jaxtyping import Float
@@ -111,6 +113,24 @@ def make_norm(
     if normalization_type is None:
         return nn.Identity()
     return _NORMS[normalization_type](cfg, length)
+
+
+def norm_before(cfg: Any, name: str) -> str | None:
+    """The norm between the stream and attention ("ln1") or MLP ("ln2"); None if there is none."""
+    if cfg.normalization_type is None or getattr(cfg, "norm_after_sublayer", False):
+        return None
+    return name
+
+
+def norm_behind(cfg: Any, name: str) -> str | None:
+    """The norm on what attention ("ln1") or MLP ("ln2") writes; None if there is none.
+
+    ``ln1_post`` in blocks that normalise before and after (Gemma-2), ``ln1`` itself where norms
+    stand behind the sublayers (OLMo-2).
+    """
+    if getattr(cfg, "use_normalization_before_and_after", False):
+        return f"{name}_post"
+    return name if getattr(cfg, "norm_after_sublayer", False) else None
 
 
 def final_norm(cfg: HookedTransformerConfig) -> nn.Module | None:

@@ -20,6 +20,7 @@ from fastlens.hooks.capture import (
 from fastlens.hooks.derived import CacheDict, Derived, Rows, Stored
 from fastlens.hooks.point import HookPoint
 from fastlens.ops.attention_pattern import attention_pattern
+from fastlens.ops.attention_sinks import pattern_from
 
 
 class PatternTap:
@@ -118,21 +119,19 @@ class PatternTap:
         if key_mask is not None:
             # It may be the caller's own.
             sources["the padding"] = key_mask.clone().to(device)
+        # A leaf may be edited later.
+        sinks = None if attended.sinks is None else attended.sinks.clone().to(device)
 
         def values(
             sources: Sequence[Tensor], heads: Sequence[int] | None = None, rows: Rows = None
         ) -> Tensor:
-            found = attention_pattern(
-                sources[0],
-                sources[1],
-                rule,
-                heads,
-                rows,
-                offset=offset,
-                key_mask=None if key_mask is None else sources[-1],
-                bias=None if bias is None else sources[2],
-                scores=name.endswith("hook_attn_scores"),
+            attended = Attended(
+                *(sources[0], sources[1], rule, offset),
+                None if key_mask is None else sources[-1],
+                None if bias is None else sources[2],
+                sinks,
             )
+            found = _of_rows(attended, heads, rows, name.endswith("hook_attn_scores"))
             return cast_to(without_batch(found, point, self.spec), dtype)
 
         def whole(*sources: Tensor) -> Tensor:
@@ -156,17 +155,28 @@ class PatternTap:
             # An int that is out of range is an error in attention_pattern.
             rows = torch.from_numpy(spec.pos_slice.indices(q.shape[1]).copy())
         with torch.no_grad():
-            found = attention_pattern(
-                q,
-                attended.k,
-                attended.rule,
-                heads=heads,
-                rows=rows,
-                offset=attended.offset,
-                key_mask=attended.key_mask,
-                bias=attended.bias,
-                scores=name.endswith("hook_attn_scores"),
-            )
+            found = _of_rows(attended, heads, rows, name.endswith("hook_attn_scores"))
         if spec.pos_slice.mode == "int":
             found = found.squeeze(2)
         return keep(without_batch(found, point, spec), spec)
+
+
+def _of_rows(
+    attended: Attended, heads: Sequence[int] | None, rows: Rows, wants_scores: bool
+) -> Tensor:
+    """Scores or pattern of chosen heads and query rows."""
+    sinks = attended.sinks
+    found = attention_pattern(
+        attended.q,
+        attended.k,
+        attended.rule,
+        heads,
+        rows,
+        offset=attended.offset,
+        key_mask=attended.key_mask,
+        bias=attended.bias,
+        scores=wants_scores or sinks is not None,
+    )
+    if wants_scores or sinks is None:
+        return found
+    return pattern_from(found, (sinks if heads is None else sinks[list(heads)])[:, None])

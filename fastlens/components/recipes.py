@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastlens.components.attention import AbstractAttention, Attention, GroupedQueryAttention
 from fastlens.components.bert_block import BertBlock
+from fastlens.components.bidirectional_attention import BidirectionalAttention
 from fastlens.components.block import TransformerBlock
 from fastlens.components.mlp import MLP, GatedMLP
 from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, normalized_by
@@ -30,6 +31,7 @@ _FORWARDS = {
         BertBlock,
         Attention,
         GroupedQueryAttention,
+        BidirectionalAttention,
         T5Attention,
     )
 }
@@ -69,7 +71,8 @@ def recipes_of(block: nn.Module, prefix: str) -> dict[str, Recipe]:
 def _of_transformer_block(block: Any) -> dict[str, Recipe]:
     cfg = block.cfg
     found = {}
-    if not (cfg.use_attn_in or cfg.use_split_qkv_input):
+    reads = not cfg.norm_after_sublayer
+    if reads and not (cfg.use_attn_in or cfg.use_split_qkv_input):
         found |= norm_recipe(block.ln1, "ln1", "hook_resid_pre")
     if cfg.attn_only:
         return found
@@ -79,7 +82,9 @@ def _of_transformer_block(block: Any) -> dict[str, Recipe]:
         found[into_mlp] = Recipe(("hook_resid_pre", "hook_attn_out"), torch.add)
     if cfg.use_hook_mlp_in:
         into_mlp = "hook_mlp_in"
-    return found | norm_recipe(block.ln2, "ln2", into_mlp) | _of_mlp(block.mlp)
+    if reads:
+        found |= norm_recipe(block.ln2, "ln2", into_mlp)
+    return found | _of_mlp(block.mlp)
 
 
 def _of_bert_block(block: Any) -> dict[str, Recipe]:

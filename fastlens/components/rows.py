@@ -7,6 +7,7 @@ ops; `foreign_part` says where a model's modules are not the ones these pieces s
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,15 @@ from fastlens.components.block import TransformerBlock
 from fastlens.components.embed import Embed, PosEmbed, Unembed
 from fastlens.components.layout import from_input_heads, from_output_heads, linear, neighbours
 from fastlens.components.mlp import MLP, CanBeUsedAsMLP, GatedMLP
-from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+from fastlens.components.norms import (
+    LayerNorm,
+    LayerNormPre,
+    RMSNorm,
+    RMSNormPre,
+    norm_before,
+    norm_behind,
+)
+from fastlens.components.qk_norm import QK_NORM_CLASSES
 from fastlens.components.xielu import XIELU
 from fastlens.hooks.point import HookPoint
 from fastlens.ops.activations import soft_cap
@@ -30,13 +39,25 @@ Edit = Callable[[str, Tensor], None]
 _PLAIN = {
     *(TransformerBlock, Attention, GroupedQueryAttention, MLP, GatedMLP, HookPoint, XIELU),
     *(LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, Embed, PosEmbed, Unembed),
-    *(nn.Identity, nn.ModuleList),
+    *(nn.Identity, nn.ModuleList, *QK_NORM_CLASSES),
 }
 
 
 def normalized(norm: nn.Module, x: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
     """LayerNorm or RMSNorm of rows; an ``nn.Identity`` gives them back."""
     return x if isinstance(norm, nn.Identity) else norm.unhooked(x)  # type: ignore[operator]
+
+
+def read(block: Any, name: str, x: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """What attention (``"ln1"``) or the MLP (``"ln2"``) reads of rows of the stream."""
+    norm = norm_before(block.cfg, name)
+    return x if norm is None else normalized(getattr(block, norm), x)
+
+
+def written(block: Any, name: str, out: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """What enters the stream of what attention (``"ln1"``) or the MLP (``"ln2"``) gives."""
+    norm = norm_behind(block.cfg, name)
+    return out if norm is None else normalized(getattr(block, norm), out)
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -88,7 +109,7 @@ def finished_qkv(
         positions: Each row's position as rotary counts it (left padding shifts it).
     """
     if attn.q_norm is not None and attn.k_norm is not None:
-        q, k = attn.q_norm.unhooked(q), attn.k_norm.unhooked(k)
+        q, k = attn.q_norm.of_rows(q), attn.k_norm.of_rows(k)
     clip = attn.cfg.clip_qkv
     if clip is not None:
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))

@@ -47,6 +47,7 @@ def suffix_attention(
     spans: Sequence[Span],
     rule: AttentionRule,
     key_mask: Bool[Tensor, "branch pos"] | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "out_row head d_head"]:
     """See `fastlens.ops.suffix_attention.suffix_attention`."""
     # Rows are gathered as flat vectors: faster by index_select than heads are.
@@ -54,7 +55,8 @@ def suffix_attention(
     pieces = []
     for span in spans:
         mask = None if key_mask is None else key_mask[span.branches]
-        pieces += _Some(*flat, q.shape[2], span, rule, table[span.branches], mask).attended()
+        some = _Some(*flat, q.shape[2], span, rule, table[span.branches], mask, sinks)
+        pieces += some.attended()
     return torch.cat(pieces) if pieces else torch.empty_like(q[:0])
 
 
@@ -75,6 +77,7 @@ class _Some:
     rule: AttentionRule
     table: Int[Tensor, "branch pos"]
     key_mask: Bool[Tensor, "branch pos"] | None
+    sinks: Float[Tensor, " head"] | None = None
 
     def __post_init__(self) -> None:
         self.n_rows = self.span.stop - self.span.start
@@ -89,7 +92,7 @@ class _Some:
         mask = None if self.key_mask is None else self.key_mask[which]
         span = self.span._replace(branches=self.span.branches[which])
         kept = self.q, self.k, self.v, self.d_head
-        return _Some(*kept, span, self.rule, self.table[which], mask)
+        return _Some(*kept, span, self.rule, self.table[which], mask, self.sinks)
 
     def attended(self) -> list[Float[Tensor, "row head d_head"]]:
         """Every row of every branch, in pieces."""
@@ -169,7 +172,12 @@ class _Some:
             table = self.table[piece]
             mask = None if self.key_mask is None else self.key_mask[piece, first : self.last]
             k, v = self._keys(table[:, first : self.last])
-            yield piece, attention(self._queries(table), k, v, rule, start - first, mask)
+            inputs = self._queries(table), k, v, rule, start - first, mask
+            if self.sinks is None:
+                yield piece, attention(*inputs)
+            else:
+                z, lse = attention_lse(*inputs)
+                yield piece, self._beside_sinks(z, lse.transpose(1, 2))
 
     def shared(
         self, prefix: int
@@ -200,8 +208,17 @@ class _Some:
                     # Padding lay in the prefix: these need no mask.
                     mask = None
                 own_z, own_lse = attention_lse(q, *keys, rule, offset, mask)
-                z = _merged(z, lse, own_z, own_lse.transpose(1, 2))
-            yield piece, z
+                own_lse = own_lse.transpose(1, 2)
+                z = _merged(z, lse, own_z, own_lse)
+                lse = torch.logaddexp(lse, own_lse)
+            yield piece, self._beside_sinks(z, lse)
+
+    def _beside_sinks(
+        self, z: Float[Tensor, "branch pos head d_head"], lse: Float[Tensor, "branch pos head"]
+    ) -> Float[Tensor, "branch pos head d_head"]:
+        if self.sinks is None:
+            return z
+        return z * torch.sigmoid(lse - self.sinks.to(lse))[..., None].to(z.dtype)
 
     def _pieces(self, each: int) -> Iterator[slice]:
         size = max(1, GATHER_BYTES // max(1, each))

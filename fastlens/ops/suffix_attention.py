@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlens.errors import GradientError, ShapeError
+from fastlens.kernels import torch_suffix_attention
 from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.spans import Span as Span
 from fastlens.ops.attention_inputs import (
@@ -28,6 +29,7 @@ def suffix_attention(
     spans: Sequence[Span],
     rule: AttentionRule,
     key_mask: Bool[Tensor, "branch pos"] | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "out_row head d_head"]:
     """Attention where runs of one prompt hold only the rows in which they differ.
 
@@ -44,6 +46,8 @@ def suffix_attention(
         rule: Scale, causality, window, soft-cap, ALiBi. If not causal, a row sees every column of
             the table.
         key_mask: False where a branch's key is padding. A row that sees no key gives zeros.
+        sinks: One more score a head, as in `fastlens.ops.attention_sinks`: keys are then gathered,
+            on every device.
 
     Returns: One row for each span, each of its branches and each of its positions, in this order.
 
@@ -58,6 +62,11 @@ def suffix_attention(
         checked.
     """
     _check(q, k, v, table, spans, rule, key_mask)
+    if sinks is not None:
+        _refuse_gradient(q, k, v)
+        return torch_suffix_attention.suffix_attention(
+            q, k, v, table, spans, rule, key_mask, sinks.detach()
+        )
     kernel = kernel_for("suffix_attention", q.device.type, q.dtype)
     if not is_opaque("suffix_attention", q.device.type, q.dtype):
         _refuse_gradient(q, k, v)

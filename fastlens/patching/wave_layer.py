@@ -12,13 +12,15 @@ from fastlens.components.attention import AbstractAttention
 from fastlens.components.rows import (
     finished_qkv,
     mlp_output,
-    normalized,
     output_of_heads,
     projected,
     projected_heads,
+    read,
     result_of_heads,
+    written,
 )
 from fastlens.kernels.reference import score_rows
+from fastlens.ops.attention_sinks import pattern_from
 from fastlens.ops.patch_sites import patch_sites_
 from fastlens.ops.suffix_attention import suffix_attention
 from fastlens.patching.codes import PlacedCodes
@@ -278,7 +280,7 @@ class WaveLayer:
         """Queries, keys and values of all rows; of the last layer, queries only where needed."""
         attn, cfg, pack = self.attn, self.attn.cfg, self.pack
         x = self.rows["x"]
-        h = h_qk = normalized(self.block.ln1, x)
+        h = h_qk = read(self.block, "ln1", x)
         positions = self.wave.stem.shortformer
         if positions is not None:
             h_qk = h + positions[self.wave.stem_of[pack.branch], pack.pos]
@@ -326,13 +328,13 @@ class WaveLayer:
             if patched is None:
                 continue
             branch, pos, head, value = patched
-            h = normalized(self.block.ln1, value)
+            h = read(self.block, "ln1", value)
             rows = pack.table[branch, pos]
             for name in names:
-                read = h
+                seen = h
                 if wave.stem.shortformer is not None and name != "v":
-                    read = h + wave.stem.shortformer[wave.stem_of[branch], pos]
-                self.rows[name][rows, head] = projected_heads(self.attn, read, name, head)
+                    seen = h + wave.stem.shortformer[wave.stem_of[branch], pos]
+                self.rows[name][rows, head] = projected_heads(self.attn, seen, name, head)
 
     def _attend(self, in_stream: Tensor) -> None:
         """Attention of every row whose output differs from the base run's, and is needed."""
@@ -343,7 +345,8 @@ class WaveLayer:
         self.counts[4] = sum(n * len(s.branches) for n, s in zip(seen, spans, strict=True))
         q, k, v = (self.rows[name] for name in ("q", "k", "v"))
         before = pack.table
-        z = suffix_attention(q, k, v, before, spans, self.attn.rule, self.wave.key_mask)
+        rest = spans, self.attn.rule, self.wave.key_mask, self.attn.sinks
+        z = suffix_attention(q, k, v, before, *rest)
         self.wave.pack, copied = regrouped(pack, spans, self.frame.batch)
         x = self.rows["x"].index_select(0, copied)
         self.rows = {"x": x, "z": z}
@@ -398,13 +401,13 @@ class WaveLayer:
         patched = self._patch_by_entry("attn_scores", scores)
         by_scores: dict[tuple[int, ...], Tensor] = {}
         if patched is not None:
-            place, patterns = patched[:3], _softmax(patched[3])
+            place, patterns = patched[:3], self._softmax(patched[3], patched[2])
             places = zip(*(part.tolist() for part in place), strict=True)
             by_scores = dict(zip(places, patterns, strict=True))
             mix(*place, patterns)
 
         def pattern(branch: Tensor, pos: Tensor, head: Tensor) -> Tensor:
-            rows = _softmax(scores(branch, pos, head))
+            rows = self._softmax(scores(branch, pos, head), head)
             if by_scores:
                 places = zip(branch.tolist(), pos.tolist(), head.tolist(), strict=True)
                 for i, place in enumerate(places):
@@ -414,6 +417,10 @@ class WaveLayer:
         patched = self._patch_by_entry("pattern", pattern)
         if patched is not None:
             mix(*patched)
+
+    def _softmax(self, scores: Tensor, head: Tensor) -> Tensor:
+        sinks = self.attn.sinks
+        return pattern_from(scores, None if sinks is None else sinks[head])
 
     def _write_attention(self) -> None:
         """Heads' outputs into the stream: z, result, attn_out and resid_mid."""
@@ -426,9 +433,7 @@ class WaveLayer:
         if extra is not None:
             rows, value = extra
             out.index_add_(0, rows, value)
-        if self.attn.cfg.use_normalization_before_and_after:
-            out = normalized(self.block.ln1_post, out)
-        self.rows["attn_out"] = out
+        self.rows["attn_out"] = written(self.block, "ln1", out)
         self._join("attn_out")
         self._patch_rows("attn_out", "attn_out")
         if not self.frame.is_parallel:
@@ -501,15 +506,15 @@ class WaveLayer:
             every = part
             if self.frame.has_source:
                 others = torch.arange(batch, 2 * batch, device=x.device)
-                read = pack.table[others][:, pack.pos[part].unique()].flatten()
+                sources = pack.table[others][:, pack.pos[part].unique()].flatten()
                 # Of the last layer only some rows are left.
-                every = torch.cat([part, read[read >= 0]]).unique()
+                every = torch.cat([part, sources[sources >= 0]]).unique()
             local = torch.full((len(pack),), -1, dtype=torch.long, device=x.device)
             local[every] = torch.arange(len(every), device=x.device)
             is_part = torch.zeros(len(pack), dtype=torch.bool, device=x.device)
             is_part[part] = True
-            written = self._mlp_rows(x[every], (local, is_part), True)
-            out[part] = written[local[part]]
+            found = self._mlp_rows(x[every], (local, is_part), True)
+            out[part] = found[local[part]]
 
     def _mlp_rows(self, x: Tensor, some: tuple[Tensor, Tensor] | None, is_patched: bool) -> Tensor:
         """What the MLP writes for these rows; ``some`` as in `_patch`."""
@@ -518,15 +523,12 @@ class WaveLayer:
             # The stream itself is not patched, only what the MLP reads of it.
             x = x.clone()
             self._patch("mlp_in", x.unsqueeze(1), some=some)
-        h = normalized(block.ln2, x)
+        h = read(block, "ln2", x)
 
         def edit(site: str, activation: Tensor) -> None:
             self._patch(site, activation.unsqueeze(2), some=some)
 
-        out = mlp_output(block.mlp, h, edit if is_patched else None)
-        if self.attn.cfg.use_normalization_before_and_after:
-            out = normalized(block.ln2_post, out)
-        return out
+        return written(block, "ln2", mlp_output(block.mlp, h, edit if is_patched else None))
 
 
 def _write(rows: Tensor, where: tuple[Tensor, ...], new: Any, mode: str) -> None:
@@ -544,11 +546,6 @@ def _write(rows: Tensor, where: tuple[Tensor, ...], new: Any, mode: str) -> None
         else:
             new = rows.new_tensor(new)
     patch_sites_(rows, torch.stack(where, 1), new, mode, is_checked=True)
-
-
-def _softmax(scores: Float[Tensor, "entry pos"]) -> Float[Tensor, "entry pos"]:
-    """A row that sees no key attends to nothing."""
-    return torch.softmax(scores, -1).nan_to_num(nan=0.0)
 
 
 def _gathered(

@@ -59,7 +59,7 @@ def possible_flags(cfg: HookedTransformerConfig, **flags: bool) -> dict[str, boo
         )
     elif "LN" in cfg.normalization_type and cfg.gated_mlp:
         reasons["fold_ln"] = "its gate has no bias that could take the LayerNorm's"
-    if cfg.original_architecture in POST_NORM_ARCHITECTURES:
+    if cfg.norm_after_sublayer:
         reasons |= dict.fromkeys(
             ("fold_ln", "center_writing_weights"), "its norms stand behind the sublayers"
         )
@@ -72,6 +72,8 @@ def possible_flags(cfg: HookedTransformerConfig, **flags: bool) -> dict[str, boo
         reasons["center_unembed"] = "a logit soft-cap sees the constant that centring removes"
     if cfg.use_attention_sinks:
         reasons["fold_value_biases"] = "with attention sinks, pattern rows do not sum to one"
+    if cfg.clip_qkv is not None:
+        reasons["fold_value_biases"] = "values are clipped with their bias"
     if flags.get("refactor_factored_attn_matrices"):
         _check_refactor(cfg)
     for flag, reason in reasons.items():

@@ -9,6 +9,7 @@ from fastlens.analysis.direct_path_patching import (
     get_act_patch_direct_path,
     get_act_patch_direct_path_all_sources,
 )
+from fastlens.components.norms import norm_behind
 from fastlens.errors import HookNameError, LayerError, MetricError, ShapeError, SweepError
 from fastlens.patching import logit_diff
 from tests.close import assert_close_to
@@ -73,12 +74,15 @@ def by_the_edge(model, clean, corrupted, clean_cache, corrupted_cache, source, c
             x = x - x.mean(-1, keepdim=True)
         return x / corrupted_cache[f"{name}.hook_scale"] * norm.w
 
-    if cfg.use_normalization_before_and_after:
-        sent = through(model.blocks[layer].ln1_post, f"blocks.{layer}.ln1_post", sent)
+    behind = norm_behind(cfg, "ln1")
+    if behind is not None:
+        sent = through(getattr(model.blocks[layer], behind), f"blocks.{layer}.{behind}", sent)
     values = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64)
     for after in range(layer + 1, cfg.n_layers):
         block = model.blocks[after]
-        read = through(block.ln1, f"blocks.{after}.ln1", sent)
+        read = sent
+        if not cfg.norm_after_sublayer:
+            read = through(block.ln1, f"blocks.{after}.ln1", sent)
         for own in range(cfg.n_heads):
             added = read @ getattr(block.attn, f"W_{component.upper()}")[own]
 

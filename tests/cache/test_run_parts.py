@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlens import HookedTransformer
 from fastlens.cache import ActivationCache
+from fastlens.components.norms import norm_behind
 from fastlens.errors import HookNameError, LayerError, ShapeError
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS, tiny
@@ -101,7 +102,8 @@ def test_normalised_parts_sum_to_what_the_layer_read(name):
         read += [(i, True, f"blocks.{i}.ln2.hook_normalized") for i in range(cfg.n_layers)]
     for layer, mlp_input, place in read:
         stream = "resid_mid" if mlp_input and not cfg.parallel_attn_mlp else "resid_pre"
-        if cfg.normalization_type is None:
+        reads_stream = cfg.norm_after_sublayer and layer < cfg.n_layers
+        if cfg.normalization_type is None or reads_stream:
             truth = cache["resid_post", -1] if layer == cfg.n_layers else cache[stream, layer]
         else:
             truth = cache[place]
@@ -167,8 +169,8 @@ def test_heads_and_their_bias_sum_to_what_attention_wrote(name):
     cache = cache_of(name)
     block = cache.model.blocks[0]
     written = cache.stack_head_results(1).sum(0) + block.attn.b_O
-    if cache.model.cfg.use_normalization_before_and_after:
-        written = block.ln1_post(written)
+    behind = norm_behind(cache.model.cfg, "ln1")
+    written = written if behind is None else getattr(block, behind)(written)
     close(written, cache["attn_out", 0])
 
 

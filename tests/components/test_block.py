@@ -45,12 +45,10 @@ def test_a_spread_stream_is_copied_only_under_a_hook():
     ("changes", "words"),
     [
         ({"num_experts": 4, "experts_per_token": 1}, "mixture-of-experts"),
-        ({"use_attention_sinks": True}, "sinks"),
         ({"use_logn_attn": True}, "log-n"),
         ({"use_dynamic_ntk_rope": True}, "NTK"),
         ({"load_in_4bit": True}, "4-bit"),
         ({"positional_embedding_type": "relative_positional_bias"}, "T5"),
-        ({"original_architecture": "Olmo2ForCausalLM"}, "after the sublayer"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(changes, words):

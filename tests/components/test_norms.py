@@ -10,6 +10,8 @@ from fastlens.components.norms import (
     RMSNormPre,
     final_norm,
     make_norm,
+    norm_before,
+    norm_behind,
 )
 from fastlens.config import HookedTransformerConfig
 from tests.close import assert_close_to, assert_no_worse
@@ -67,3 +69,15 @@ def test_make_norm_and_final_norm():
     assert type(make_norm(cfg, "LN")) is LayerNorm
     assert isinstance(make_norm(cfg, None), torch.nn.Identity)
     assert final_norm(HookedTransformerConfig(**tiny("no_norm"))) is None
+
+
+def test_where_norms_stand():
+    before, behind = norm_before, norm_behind
+    plain = HookedTransformerConfig(**tiny("llama"))
+    assert (before(plain, "ln1"), behind(plain, "ln1")) == ("ln1", None)
+    both = HookedTransformerConfig(**tiny("post_norm"))
+    assert (before(both, "ln2"), behind(both, "ln2")) == ("ln2", "ln2_post")
+    olmo = HookedTransformerConfig(**tiny("olmo2"))
+    assert (before(olmo, "ln2"), behind(olmo, "ln2")) == (None, "ln2")
+    none = HookedTransformerConfig(**tiny("no_norm"))
+    assert (before(none, "ln1"), behind(none, "ln1")) == (None, None)

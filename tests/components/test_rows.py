@@ -16,7 +16,9 @@ from fastlens.components.rows import (
     output_of_heads,
     projected,
     projected_heads,
+    read,
     result_of_heads,
+    written,
 )
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS
@@ -72,9 +74,9 @@ both_ways = pytest.mark.parametrize("by_hand", [False, True], ids=["laid out", "
 
 @each_config
 def test_norms(name):
-    _, block, cache = seen(name)
-    found = normalized(block.ln1, rows(of(cache, "hook_resid_pre")))
-    if isinstance(block.ln1, nn.Identity):
+    model, block, cache = seen(name)
+    found = read(block, "ln1", rows(of(cache, "hook_resid_pre")))
+    if isinstance(block.ln1, nn.Identity) or model.cfg.norm_after_sublayer:
         expected = of(cache, "hook_resid_pre")
     else:
         # The hook's place is before gain and bias.
@@ -85,7 +87,7 @@ def test_norms(name):
 
 def attention_input(model, block, cache):
     """What queries and keys read, and what values read."""
-    h = normalized(block.ln1, rows(of(cache, "hook_resid_pre")))
+    h = read(block, "ln1", rows(of(cache, "hook_resid_pre")))
     if model.cfg.positional_embedding_type != "shortformer":
         return h, h
     return h + rows(cache["hook_pos_embed"].expand(BATCH, -1, -1)), h
@@ -99,11 +101,11 @@ def test_projections(name, by_hand):
     expected = {x: rows(of(cache, f"attn.hook_{x}")) for x in "qkv"}
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            for x, read in zip("qkv", (h_qk, h_qk, h), strict=True):
-                assert_close_to(projected(block.attn, read, x), expected[x], **EXACT)
+            for x, seen_by in zip("qkv", (h_qk, h_qk, h), strict=True):
+                assert_close_to(projected(block.attn, seen_by, x), expected[x], **EXACT)
                 n = expected[x].shape[1]
                 some, heads = heads_and_rows(len(h), n)
-                found = projected_heads(block.attn, read[some], x, heads)
+                found = projected_heads(block.attn, seen_by[some], x, heads)
                 assert_close_to(found, expected[x][some, heads], **EXACT)
             side_by_side = torch.cat([expected["q"], expected["k"]], 1)
             assert_close_to(projected(block.attn, h_qk, "qk"), side_by_side, **EXACT)
@@ -156,8 +158,7 @@ def test_what_heads_write(name, by_hand):
     result = rows(of(cache, "attn.hook_result"))
     out = output_of_heads(block.attn, z)
     assert_close_to(out, result.sum(1) + block.attn.b_O, **EXACT)
-    if model.cfg.use_normalization_before_and_after:
-        out = normalized(block.ln1_post, out)
+    out = written(block, "ln1", out)
     assert_close_to(out, rows(of(cache, "hook_attn_out")), **EXACT)
     some, heads = heads_and_rows(len(z), z.shape[1])
     found = result_of_heads(block.attn, z[some, heads], heads)
@@ -166,7 +167,7 @@ def test_what_heads_write(name, by_hand):
 
 def mlp_input(cache, block):
     place = "hook_resid_pre" if block.cfg.parallel_attn_mlp else "hook_resid_mid"
-    return normalized(block.ln2, rows(of(cache, place)))
+    return read(block, "ln2", rows(of(cache, place)))
 
 
 WITH_MLP = [name for name in TINY_CONFIGS if name != "attn_only"]
@@ -187,8 +188,7 @@ def test_mlps(name, by_hand):
             )
             plain = mlp_output(block.mlp, mlp_input(cache, block))
         assert_close_to(plain, out, **EXACT)
-        if model.cfg.use_normalization_before_and_after:
-            out = normalized(block.ln2_post, out)
+        out = written(block, "ln2", out)
         assert_close_to(out, rows(of(cache, "hook_mlp_out")), **EXACT)
     # Every place is passed that the module passes, in its order.
     places = {f"blocks.{LAYER}.mlp.hook_{place}": site for place, site in SITES.items()}

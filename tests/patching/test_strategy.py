@@ -46,6 +46,8 @@ GOLDEN = {
     "rotary_adjacent": {"wave": PARALLEL},
     "ntk": {"wave": GROUPED},
     "post_embedding_ln": {"wave": PLAIN},
+    "olmo2": {"wave": GROUPED},
+    "sinks": {"wave": GROUPED},
 }
 
 

@@ -1,0 +1,66 @@
+"""QK-norms against what they are defined as, hooked and fused, over batches and packed rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlens import HookedTransformer
+from fastlens.components.qk_norm import (
+    HeadLayerNorm,
+    HeadRMSNorm,
+    JoinedRMSNorm,
+    make_qk_norm,
+)
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError
+from tests.close import assert_close_to
+from tests.configs import tiny
+from tests.models import prompts, randomise
+
+KINDS = {"head": HeadRMSNorm, "joined": JoinedRMSNorm, "layer_norm": HeadLayerNorm}
+AXES = {"head": (24, 1), "joined": (2, 3, 1), "layer_norm": (2, 3, 4, 1)}
+
+
+def made(kind, n_heads=4):
+    cfg = HookedTransformerConfig(
+        **tiny("llama", use_qk_norm=True, qk_norm_kind=kind, dtype=torch.float64)
+    )
+    norm = make_qk_norm(cfg, n_heads)
+    with torch.no_grad():
+        norm.w.normal_(1.0, 0.3)
+    return norm
+
+
+def defined(kind, norm, x):
+    if kind == "head":
+        return F.rms_norm(x, (8,), norm.w, norm.eps)
+    if kind == "joined":
+        return F.rms_norm(x.flatten(2), (32,), norm.w, norm.eps).view(x.shape)
+    return F.layer_norm(x, (8,), eps=norm.eps) * norm.w
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_computes(kind):
+    norm, x = made(kind), torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    assert type(norm) is KINDS[kind]
+    truth = defined(kind, norm, x)
+    assert_close_to(norm.of_heads(x), truth, atol=1e-12)
+    assert_close_to(norm.of_rows(x.flatten(0, 1)), truth.flatten(0, 1), atol=1e-12)
+    shapes = []
+    norm.hook_scale.add_hook(lambda scale, hook: shapes.append(tuple(scale.shape)))
+    assert_close_to(norm.of_heads(x), truth, atol=1e-12)
+    assert shapes == [AXES[kind]]
+
+
+def test_none_is_made_unless_asked():
+    assert make_qk_norm(HookedTransformerConfig(**tiny("llama")), 4) is None
+
+
+@pytest.mark.parametrize("kind", ["joined", "layer_norm"])
+def test_one_gain_a_key_head_cannot_be_ungrouped(kind):
+    model = HookedTransformer(tiny("llama", use_qk_norm=True, qk_norm_kind=kind))
+    randomise(model)
+    model(prompts())
+    model.set_ungroup_grouped_query_attention(True)
+    with pytest.raises(ConfigError, match="one gain for each key head"):
+        model(prompts())
