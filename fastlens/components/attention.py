@@ -275,19 +275,10 @@ class AbstractAttention(PositionMethods, nn.Module):
         else:
             q, k, v = joint
         if self.q_norm is not None and self.k_norm is not None:
-            self._check_ungrouped()
             q, k = self.q_norm.of_heads(q), self.k_norm.of_heads(k)
         if self.cfg.clip_qkv is not None:
             q, k, v = (x.clamp(-self.cfg.clip_qkv, self.cfg.clip_qkv) for x in (q, k, v))
         return q, k, v
-
-    def _check_ungrouped(self) -> None:
-        cfg = self.cfg
-        if cfg.ungroup_grouped_query_attention and cfg.qk_norm_kind != "head":
-            raise ConfigError(
-                f"ungroup_grouped_query_attention was asked of a model whose keys pass a "
-                f"{cfg.qk_norm_kind!r} QK-norm, which has one gain for each key head. Leave it off."
-            )
 
     def _looks_at_qkv(self) -> bool:
         # Views of one joint tensor must not reach a cache: each would keep all three alive.

@@ -34,7 +34,7 @@ class _Norm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
         """Normalise over the last axis; statistics in float32 for 16-bit models."""
-        w, b = getattr(self, "w", None), getattr(self, "b", None)
+        w, b = self._leaves(x)
         dtype = self.cfg.dtype
         looked_at = is_live(self.hook_scale) or is_live(self.hook_normalized)
         if not looked_at and x.dtype == dtype and (w is None or w.dtype == dtype):
@@ -47,7 +47,11 @@ class _Norm(nn.Module):
 
     def unhooked(self, x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
         """As `forward` where nobody looks: rows of any layout, which no HookPoint sees."""
-        return self._fused(x, getattr(self, "w", None), getattr(self, "b", None))
+        return self._fused(x, *self._leaves(x))
+
+    def _leaves(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and bias for such an input."""
+        return getattr(self, "w", None), getattr(self, "b", None)
 
     def _fused(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         if self.centres:

@@ -32,6 +32,13 @@ class JoinedRMSNorm(RMSNorm):
 
     AXES = {"hook_scale": "batch pos one", "hook_normalized": "batch pos heads"}
 
+    def _leaves(self, x: Tensor) -> tuple[Tensor, None]:
+        if x.shape[-1] == self.length:
+            return self.w, None
+        # Ungrouped keys: one copy for each query head, of which each has its key head's gain.
+        copies = x.shape[-1] // self.length
+        return self.w.view(-1, self.cfg.d_head).repeat_interleave(copies, 0).flatten(), None
+
     def of_heads(self, x: Float[Tensor, "batch pos h d"]) -> Float[Tensor, "batch pos h d"]:
         """Queries or keys of all heads."""
         return self(x.flatten(2)).view(x.shape)
@@ -53,6 +60,11 @@ class HeadLayerNorm(_Norm):
 
     def _add_gain(self) -> None:
         self.w = nn.Parameter(torch.ones(self.n_heads, self.length, dtype=self.cfg.dtype))
+
+    def _leaves(self, x: Tensor) -> tuple[Tensor, None]:
+        # Ungrouped keys: each copy has its key head's gain.
+        copies = x.shape[-2] // self.n_heads
+        return (self.w if copies == 1 else self.w.repeat_interleave(copies, 0)), None
 
     def _fused(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         return layer_norm(x, None, None, self.eps) * w

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlens import HookedTransformer
 from fastlens.components.qk_norm import (
     HeadLayerNorm,
     HeadRMSNorm,
@@ -12,10 +11,10 @@ from fastlens.components.qk_norm import (
     make_qk_norm,
 )
 from fastlens.config import HookedTransformerConfig
-from fastlens.errors import ConfigError
+from fastlens.patching import answer_logit, sweep
 from tests.close import assert_close_to
 from tests.configs import tiny
-from tests.models import prompts, randomise
+from tests.models import ours, prompts
 
 KINDS = {"head": HeadRMSNorm, "joined": JoinedRMSNorm, "layer_norm": HeadLayerNorm}
 AXES = {"head": (24, 1), "joined": (2, 3, 1), "layer_norm": (2, 3, 4, 1)}
@@ -57,10 +56,17 @@ def test_none_is_made_unless_asked():
 
 
 @pytest.mark.parametrize("kind", ["joined", "layer_norm"])
-def test_one_gain_a_key_head_cannot_be_ungrouped(kind):
-    model = HookedTransformer(tiny("llama", use_qk_norm=True, qk_norm_kind=kind))
-    randomise(model)
-    model(prompts())
-    model.set_ungroup_grouped_query_attention(True)
-    with pytest.raises(ConfigError, match="one gain for each key head"):
-        model(prompts())
+def test_copies_of_keys_for_every_query_head(kind):
+    """Ungrouped keys that nobody edits give what grouped ones give, hooked and in the wave."""
+    model = ours("llama", use_qk_norm=True, qk_norm_kind=kind, dtype=torch.float64)
+    with torch.no_grad():
+        truth = model(prompts())
+        model.set_ungroup_grouped_query_attention(True)
+        assert_close_to(model(prompts()), truth, atol=1e-12)
+        seen = model.run_with_hooks(prompts(), fwd_hooks=[(lambda name: True, lambda x, hook: None)])
+    assert_close_to(seen, truth, atol=1e-12)
+    found = sweep(
+        model, prompts(1), prompts(1, seed=1), sites="k", by=("layer", "head"),
+        metric=answer_logit(3), verify="all", progress=False,
+    )  # fmt: skip
+    assert found.certificate["runs"] > 0 and found.values.shape == (3, 4)
