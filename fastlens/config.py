@@ -28,6 +28,40 @@ _NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 _JOINED_QK_NORM = (*_NORM_AFTER, "OlmoeForCausalLM")
 
 
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How an encoder differs from BERT, whose values are the defaults. `HookedEncoder` reads it.
+
+    Attributes:
+        pre_norm: Blocks are `TransformerBlock`s, and ``ln_final`` stands behind the last.
+        n_token_types: Rows of the token type embedding; 0 for none.
+        d_embed: Width of the embeddings where it is projected to ``d_model`` behind their norm.
+        padding_id: Positions count the tokens that are not this one, from ``padding_id + 1``
+            (RoBERTa). By default they count all columns from 0.
+        heads: The parts behind the last block: ``mlm_head`` (with ``unembed``), ``pooler``,
+            ``nsp_head``, ``rtd_head``.
+        head_act_fn: The activation of ``mlm_head``; by default ``act_fn``.
+        embedding_norm: Whether the sum of the embeddings is normalised.
+        first_norm: Whether a pre-norm encoder's first attention has a norm before it.
+        shared_layers: Whether all blocks have the parameters of the first (ALBERT).
+        dropped_token: The mask token of an encoder that embeds it as zeros, and scales the other
+            tokens as if 12 % of them had been masked, as in its training (ESM-2).
+        zeroes_padding: Whether padding is embedded as zeros.
+    """
+
+    pre_norm: bool = False
+    n_token_types: int = 2
+    d_embed: int | None = None
+    padding_id: int | None = None
+    heads: tuple[str, ...] = ("mlm_head", "nsp_head", "pooler")
+    head_act_fn: str | None = None
+    embedding_norm: bool = True
+    first_norm: bool = True
+    shared_layers: bool = False
+    dropped_token: int | None = None
+    zeroes_padding: bool = False
+
+
 @dataclass(repr=False)
 class HookedTransformerConfig:
     """What fixes a model's shape and arithmetic. Names and defaults are TransformerLens'.
@@ -42,13 +76,25 @@ class HookedTransformerConfig:
     ``initializer_range``, ``n_params``, ``device``) are filled in at construction. ``n_params``
     counts attention and MLP matrices only (Kaplan et al. 2020), not embeddings, biases or norms.
 
-    Three fields are not TransformerLens':
+    These fields are not TransformerLens':
     ``norm_after_sublayer``: ln1 and ln2 normalise what attention and MLP write, not what they read
     (OLMo-2, OLMo-3, Exaone-4). ``qk_norm_kind``: with ``use_qk_norm``, "head" is an RMS norm of
     every head with one gain for all (Qwen-3, Gemma-3), "joined" one RMS norm over the channels of
     all heads (OLMo-2, OLMoE), "layer_norm" a LayerNorm of every head with gains of its own and no
     bias (Cohere, StableLM). ``rotary_layers``: which layers rotate queries and keys; None is all of
-    them (SmolLM-3, Cohere-2 and Exaone-4 have layers without positions).
+    them (SmolLM-3, Cohere-2 and Exaone-4 have layers without positions). ``longrope_*``: what each
+    rotary frequency is divided by in texts up to ``longrope_original_ctx_len`` tokens, and in longer
+    ones, and what sine and cosine are multiplied with (Ding et al. 2402.13753; Phi-3, Phi-4-mini). ``encoder``: how an
+    encoder differs from BERT.
+
+    Of mixtures of experts: ``softmax_after_top_k``: over the chosen experts alone, not over all.
+    ``expert_biases``: router and experts have biases. ``expert_glu_limit``: experts compute
+    ``(up + 1) * gate * sigmoid(expert_glu_alpha * gate)``, both clamped (these three: GPT-OSS, whose
+    ``original_architecture`` sets them). ``d_shared_expert``: width of an expert that all tokens
+    pass; ``gates_shared_expert``: what it writes is scaled by a sigmoid (Qwen-2-MoE).
+
+    Of latent attention (DeepSeek): ``d_kv_latent`` and ``d_q_latent``: widths of the latents of
+    keys with values, and of queries. ``d_value``: channels of a head's value and z; None is d_head.
 
     Raises: ConfigError for values that contradict each other.
     """
@@ -144,6 +190,20 @@ class HookedTransformerConfig:
     norm_after_sublayer: bool = False
     qk_norm_kind: str = "head"
     rotary_layers: list[bool] | None = None
+    longrope_short_factor: list[float] | None = None
+    longrope_long_factor: list[float] | None = None
+    longrope_original_ctx_len: int = 4096
+    longrope_attention_factor: float | int = 1.0
+    encoder: EncoderConfig | None = None
+    softmax_after_top_k: bool = False
+    expert_biases: bool = False
+    expert_glu_limit: float | int | None = None
+    expert_glu_alpha: float | int = 1.702
+    d_shared_expert: int | None = None
+    gates_shared_expert: bool = False
+    d_kv_latent: int | None = None
+    d_q_latent: int | None = None
+    d_value: int | None = None
 
     def __post_init__(self) -> None:
         self._fill_sizes()
@@ -167,6 +227,9 @@ class HookedTransformerConfig:
             self.norm_after_sublayer = True
         if self.original_architecture in _JOINED_QK_NORM:
             self.use_qk_norm, self.qk_norm_kind = True, "joined"
+        if self.original_architecture == "GptOssForCausalLM":
+            self.softmax_after_top_k = self.expert_biases = True
+            self.expert_glu_limit = 7.0 if self.expert_glu_limit is None else self.expert_glu_limit
         if self.positional_embedding_type == "rotary" and self.rotary_dim is None:
             self.rotary_dim = self.d_head
         if self.initializer_range < 0:
@@ -176,12 +239,26 @@ class HookedTransformerConfig:
             self.attn_scale = float(np.sqrt(self.d_head))
         if self.device is None:
             self.device = get_device()
-        self.n_params = self.n_layers * self.d_model * self.d_head * self.n_heads * 4
+        self.n_params = self.n_layers * self._attention_weights()
         if not self.attn_only:
             mlp = self.d_model * self.d_mlp * (2 + self.gated_mlp)
             if self.num_experts:
                 mlp = (mlp + self.d_model) * self.num_experts
             self.n_params += self.n_layers * mlp
+
+    def _attention_weights(self) -> int:
+        """Numbers in the matrices of one layer's attention."""
+        if self.d_kv_latent is None:
+            return self.d_model * self.d_head * self.n_heads * 4
+        rotary, d_value = self.rotary_dim or 0, self.d_value or self.d_head
+        queries = self.n_heads * self.d_head
+        if self.d_q_latent is None:
+            queries *= self.d_model
+        else:
+            queries = self.d_q_latent * (self.d_model + queries)
+        keys = self.n_heads * (self.d_head - rotary + d_value) + self.d_model
+        output = self.n_heads * d_value * self.d_model
+        return queries + self.d_kv_latent * keys + self.d_model * rotary + output
 
     def _check(self) -> None:
         self._check_one_of("normalization_type", NORMS)
@@ -208,6 +285,11 @@ class HookedTransformerConfig:
             )
         if (self.num_experts is None) != (self.experts_per_token is None):
             raise ConfigError("num_experts and experts_per_token go together: give both or none.")
+        if self.num_experts and not 0 < (self.experts_per_token or 0) <= self.num_experts:
+            raise ConfigError(
+                f"experts_per_token={self.experts_per_token} must be 1 to num_experts="
+                f"{self.num_experts}."
+            )
         if self.n_devices < 1:
             raise ConfigError(f"n_devices={self.n_devices} must be at least 1.")
         if self.n_devices > 1 and torch.cuda.device_count() < self.n_devices:

@@ -15,34 +15,25 @@ from torch import Tensor
 from fastlens.compat.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from fastlens.compat.weight_conversions import tensors_of
 from fastlens.config import HookedTransformerConfig
-from fastlens.errors import ModelNameError, SourceError
-from fastlens.weights.family import FAMILIES, family_of
+from fastlens.errors import SourceError
+from fastlens.weights import checkpoints
+from fastlens.weights.family import family_of
 from fastlens.weights.hub import fetch, has_tokenizer
-from fastlens.weights.names import checkpoint_revision, packaged_model, repository_of
+from fastlens.weights.names import NOT_ON_THE_HUB, packaged_model, repository_of
+from fastlens.weights.own_format import as_family_config
 from fastlens.weights.source import check_layers, open_source
 
 logger = logging.getLogger(__name__)
 
 # Loaded with hf_model= only.
-NON_HF_HOSTED_MODEL_NAMES = ["llama-7b-hf", "llama-13b-hf", "llama-30b-hf", "llama-65b-hf"]
+NON_HF_HOSTED_MODEL_NAMES = list(NOT_ON_THE_HUB)
 # A model's own code is never run, so none needs trust_remote_code.
 NEED_REMOTE_CODE_MODELS: tuple[str, ...] = ()
-
-
-def _steps(repository: str) -> list[int]:
-    for family in FAMILIES:
-        found = family.checkpoints(repository) if family.checkpoints else None
-        if found is not None:
-            return list(found[1])
-    raise ModelNameError(
-        f"the checkpoints of {repository!r} were asked, but no list of them is known. Give the hub "
-        f"revision that holds one to from_pretrained: revision=."
-    )
-
-
-STANFORD_CRFM_CHECKPOINTS = _steps("stanford-crfm/alias-gpt2-small-x21")
-PYTHIA_CHECKPOINTS = _steps("EleutherAI/pythia-70m")
-PYTHIA_V0_CHECKPOINTS = _steps("EleutherAI/pythia-70m-v0")
+STANFORD_CRFM_CHECKPOINTS, _ = checkpoints.get_checkpoint_labels(
+    "stanford-crfm/alias-gpt2-small-x21"
+)
+PYTHIA_CHECKPOINTS, _ = checkpoints.get_checkpoint_labels("EleutherAI/pythia-70m")
+PYTHIA_V0_CHECKPOINTS, _ = checkpoints.get_checkpoint_labels("EleutherAI/pythia-70m-v0")
 
 
 def make_model_alias_map() -> dict[str, str]:
@@ -93,6 +84,8 @@ def _fields(folder: Path, model_name: str, tokenizer_name: str | None) -> dict[s
         raise SourceError(
             f"{folder / 'config.json'} cannot be read ({error}). Fetch it again."
         ) from error
+    tokenizer_name = tokenizer_name or config.get("tokenizer_name")
+    config = as_family_config(config, model_name)
     family, architecture = family_of(config)
     return {
         **family.config_fields(config),
@@ -126,9 +119,9 @@ def get_pretrained_model_config(
     # The weights are to be loaded.
     settings: dict[str, Any] = {"init_weights": False}
     if checkpoint_index is not None or checkpoint_value is not None:
-        revision, recorded = checkpoint_revision(model_name, checkpoint_index, checkpoint_value)
-        settings |= recorded
-        kwargs["revision"] = revision
+        found = checkpoints.find_checkpoint(model_name, checkpoint_index, checkpoint_value)
+        settings |= found.fields
+        kwargs["revision"] = found.revision
     found = {**convert_hf_model_config(model_name, **kwargs), **settings}
     if fold_ln and found["normalization_type"] in ("LN", "RMS"):
         found["normalization_type"] += "Pre"
@@ -160,11 +153,12 @@ def get_num_params_of_pretrained(model_name: str) -> int:
 
 
 def get_checkpoint_labels(model_name: str, **kwargs: Any) -> tuple[list[int], str]:
-    """The steps a model was saved at, and what they count: "step".
+    """The steps or tokens a model was saved at, and which they count: "step" or "token".
 
     Raises: ModelNameError (a ValueError) if no list of them is known.
     """
-    return _steps(get_official_model_name(model_name)), "step"
+    hub = {name: kwargs[name] for name in ("revision", "token") if name in kwargs}
+    return checkpoints.get_checkpoint_labels(model_name, **hub)
 
 
 def get_pretrained_state_dict(
@@ -182,7 +176,8 @@ def get_pretrained_state_dict(
             ``cfg.checkpoint_value``.
     """
     if hf_model is None and cfg.checkpoint_value is not None:
-        kwargs["revision"], _ = checkpoint_revision(official_model_name, None, cfg.checkpoint_value)
+        found = checkpoints.find_checkpoint(official_model_name, None, cfg.checkpoint_value)
+        kwargs |= {"revision": found.revision, "weights_file": found.file}
     return tensors_of(open_source(official_model_name, hf_model=hf_model, **kwargs), cfg, dtype)
 
 

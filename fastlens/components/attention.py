@@ -22,7 +22,7 @@ from fastlens.components.layout import (
 )
 from fastlens.components.position_methods import PositionMethods
 from fastlens.components.qk_norm import make_qk_norm
-from fastlens.components.rotary_tables import rotary_tables
+from fastlens.components.rotary_tables import rotary_tables, table_rows
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
 from fastlens.factored_matrix import FactoredMatrix
@@ -399,13 +399,21 @@ class AbstractAttention(PositionMethods, nn.Module):
         if not self.rotates:
             return x
         end = past_kv_pos_offset + x.size(1)
-        self.grow_tables(end)
-        if attention_mask is None:
+        has_one_table = self.cfg.longrope_short_factor is None
+        if attention_mask is None and has_one_table:
+            self.grow_tables(end)
             rows = slice(past_kv_pos_offset, end)
             cos, sin = self.rotary_cos[None, rows], self.rotary_sin[None, rows]
         else:
-            positions = get_offset_position_ids(past_kv_pos_offset, attention_mask)
-            cos, sin = self.rotary_cos[positions], self.rotary_sin[positions]
+            if attention_mask is None:
+                positions = torch.arange(past_kv_pos_offset, end, device=x.device)[None]
+                lengths = torch.tensor([end], device=x.device)
+            else:
+                positions = get_offset_position_ids(past_kv_pos_offset, attention_mask)
+                lengths = attention_mask.sum(1)
+            places = table_rows(self.cfg, positions, lengths)
+            self.grow_tables(end if has_one_table else int(places.max()) + 1)
+            cos, sin = self.rotary_cos[places], self.rotary_sin[places]
         if cos.dtype != x.dtype:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return rotary(x, cos, sin, self.cfg.rotary_adjacent_pairs)
@@ -413,9 +421,9 @@ class AbstractAttention(PositionMethods, nn.Module):
     # -- moving and loading ------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AbstractAttention":
-        before = self.W_Q.dtype, self.W_Q.device
+        before = self.W_O.dtype, self.W_O.device
         super()._apply(fn, recurse)
-        after = self.W_Q.dtype, self.W_Q.device
+        after = self.W_O.dtype, self.W_O.device
         if after != before and after[1].type != "meta":
             # `.to()` copies leaf by leaf: bring Q, K and V together again.
             w_k, w_v, b_k, b_v = self.KEY_VALUE_NAMES

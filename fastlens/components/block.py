@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlens.components.attention import AbstractAttention, Attention, GroupedQueryAttention
 from fastlens.components.kv_cache import TransformerLensKeyValueCacheEntry
+from fastlens.components.latent_attention import LatentAttention
 from fastlens.components.mlp import make_mlp
 from fastlens.components.norms import make_norm, norm_before, norm_behind
 from fastlens.config import HookedTransformerConfig
@@ -15,7 +16,6 @@ from fastlens.errors import ConfigError
 from fastlens.hooks.point import HookPoint, is_live
 
 _NOT_YET = {
-    "num_experts": "mixture-of-experts MLPs",
     "use_logn_attn": "log-n attention (Qwen-1)",
     "use_dynamic_ntk_rope": "dynamic NTK rotary scaling (Qwen-1)",
     "load_in_4bit": "bitsandbytes 4-bit weights",
@@ -33,6 +33,13 @@ def check_supported(cfg: HookedTransformerConfig, is_t5: bool = False) -> None:
         wanted.append("relative position bias (T5) in this class: use HookedEncoderDecoder")
     if wanted:
         raise ConfigError(f"this version of fastlens does not compute {', '.join(wanted)}.")
+
+
+def attention_class(cfg: HookedTransformerConfig) -> type[AbstractAttention]:
+    """The attention that the config asks for."""
+    if cfg.d_kv_latent is not None:
+        return LatentAttention
+    return Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
 
 
 class ReadingBlock(nn.Module):
@@ -137,7 +144,7 @@ class TransformerBlock(ReadingBlock):
             self.ln2 = make_norm(cfg, cfg.normalization_type)
             if cfg.use_normalization_before_and_after:
                 self.ln2_post = make_norm(cfg, after)
-        attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
+        attention = attention_class(cfg)
         kind = cfg.attn_types[block_index] if cfg.use_local_attn and cfg.attn_types else "global"
         self.attn = attention(cfg, kind, block_index)
         if not cfg.attn_only:

@@ -14,7 +14,7 @@ class TransformerLensKeyValueCacheEntry:
     """One layer's keys (before rotary) and values, at the KV heads of grouped attention."""
 
     past_keys: Float[Tensor, "batch pos kv_head d_head"]
-    past_values: Float[Tensor, "batch pos kv_head d_head"]
+    past_values: Float[Tensor, "batch pos kv_head d_value"]
     frozen: bool = False
 
     @classmethod
@@ -28,16 +28,16 @@ class TransformerLensKeyValueCacheEntry:
         heads = cfg.n_heads if cfg.n_key_value_heads is None else cfg.n_key_value_heads
         if cfg.ungroup_grouped_query_attention:
             heads = cfg.n_heads
-        shape = (batch_size, 0, heads, cfg.d_head)
+        shape = (batch_size, 0, heads)
         return cls(
-            torch.empty(shape, device=device, dtype=cfg.dtype),
-            torch.empty(shape, device=device, dtype=cfg.dtype),
+            torch.empty(*shape, cfg.d_head, device=device, dtype=cfg.dtype),
+            torch.empty(*shape, cfg.d_value or cfg.d_head, device=device, dtype=cfg.dtype),
         )
 
     def append(
         self,
         new_keys: Float[Tensor, "batch new_pos kv_head d_head"],
-        new_values: Float[Tensor, "batch new_pos kv_head d_head"],
+        new_values: Float[Tensor, "batch new_pos kv_head d_value"],
     ) -> tuple[Tensor, Tensor]:
         """All keys and values, past and new; they are kept unless the entry is frozen.
 

@@ -43,7 +43,7 @@ class CanBeUsedAsMLP(nn.Module):
     def select_activation_function(self) -> None:
         """Set ``act_fn``, and the LayerNorm that follows it where its name ends in ``_ln``."""
         trained = self.cfg.act_fn == "xielu"
-        self.act_fn = XIELU() if trained else activation(self.cfg.act_fn)
+        self.act_fn = XIELU(dtype=self.cfg.dtype) if trained else activation(self.cfg.act_fn)
         if self.cfg.is_layer_norm_activation():
             self.hook_mid = HookPoint(self.AXES["hook_mid"])
             unfolded = self.cfg.normalization_type == "LN"
@@ -130,4 +130,9 @@ class GatedMLP(CanBeUsedAsMLP):
 
 def make_mlp(cfg: HookedTransformerConfig) -> CanBeUsedAsMLP:
     """The MLP the config asks for."""
+    if cfg.num_experts:
+        # Above this module, as it is an MLP too.
+        from fastlens.components.moe import MoE
+
+        return MoE(cfg)
     return (GatedMLP if cfg.gated_mlp else MLP)(cfg)

@@ -57,7 +57,10 @@ class PositionMethods:
     def create_alibi_multipliers(
         n_heads: int, device: str | torch.device | None = None
     ) -> Float[Tensor, " head"]:
-        """Each head's slope: ``2 ** (-8 (h + 1) / n_heads)`` (Press et al. 2108.12409)."""
+        """Each head's slope (Press et al. 2108.12409): ``2 ** (-8 (h + 1) / n_heads)``.
+
+        Where ``n_heads`` is no power of two, the paper's interleaved series.
+        """
         return alibi_slopes(n_heads, torch.device(device or "cpu"), torch.float32)
 
     @staticmethod

@@ -13,6 +13,7 @@ from fastlens.components.attention import AbstractAttention, Attention, GroupedQ
 from fastlens.components.bert_block import BertBlock
 from fastlens.components.bidirectional_attention import BidirectionalAttention
 from fastlens.components.block import TransformerBlock
+from fastlens.components.latent_attention import LatentAttention
 from fastlens.components.mlp import MLP, GatedMLP
 from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, normalized_by
 from fastlens.components.rows import methods_of
@@ -31,6 +32,7 @@ _FORWARDS = {
         BertBlock,
         Attention,
         GroupedQueryAttention,
+        LatentAttention,
         BidirectionalAttention,
         T5Attention,
     )

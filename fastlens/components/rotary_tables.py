@@ -2,9 +2,10 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
@@ -16,7 +17,8 @@ def rotary_tables(
     """(sin, cos) for positions ``0 .. n_ctx - 1``.
 
     Angle = position * frequency; frequency i is ``base ** (-2i / rotary_dim)``, then scaled as the
-    config says: linear, NTK-by-parts (Llama 3.1) or YaRN (Peng et al. 2309.00071).
+    config says: linear, NTK-by-parts (Llama 3.1) or YaRN (Peng et al. 2309.00071). With LongRoPE the
+    rows are not positions but what `table_rows` gives.
 
     Args:
         is_local: A sliding-window layer, which may have its own base and is not scaled.
@@ -32,6 +34,8 @@ def rotary_tables(
     steps = torch.arange(0, cfg.rotary_dim, 2, dtype=precise) / cfg.rotary_dim
     frequencies = 1.0 / (base**steps)
     attention_factor = 1.0
+    if cfg.longrope_short_factor is not None:
+        return _longrope(frequencies, n_ctx, cfg, dtype)
     if cfg.use_NTK_by_parts_rope:
         frequencies = _by_parts(frequencies, cfg)
     elif cfg.use_yarn_rope and not (cfg.yarn_global_attn_only and is_local):
@@ -74,6 +78,40 @@ def _kept_tables(
     numbers, precise = frequencies
     exact = torch.frombuffer(bytearray(numbers), dtype=precise)
     return _tables(exact, n_ctx, factor, adjacent_pairs, dtype)
+
+
+def _longrope(
+    frequencies: Tensor, n_ctx: int, cfg: HookedTransformerConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows for the positions of a short text, then for those of a long one, from 0 again."""
+    n_short = min(n_ctx, cfg.longrope_original_ctx_len)
+    parts = []
+    for factors, n in (
+        (cfg.longrope_short_factor, n_short),
+        (cfg.longrope_long_factor, n_ctx - n_short),
+    ):
+        divided = frequencies / torch.tensor(factors, dtype=frequencies.dtype)
+        factor = float(cfg.longrope_attention_factor)
+        parts.append(_tables(divided, n, factor, cfg.rotary_adjacent_pairs, dtype))
+    (sin, cos), (long_sin, long_cos) = parts
+    return torch.cat([sin, long_sin]), torch.cat([cos, long_cos])
+
+
+def table_rows(
+    cfg: Any,
+    positions: Int[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+) -> Int[Tensor, "batch pos"]:
+    """Which rows of `rotary_tables` turn these positions.
+
+    Args:
+        lengths: Tokens of each whole text, padding not counted. With LongRoPE they decide which
+            frequencies a text has; transformers lets the longest text of a batch decide for all.
+    """
+    if getattr(cfg, "longrope_short_factor", None) is None:
+        return positions
+    behind = cfg.longrope_original_ctx_len
+    return positions + behind * (lengths > behind)[:, None].to(positions)
 
 
 def _by_parts(frequencies: Tensor, cfg: HookedTransformerConfig) -> Tensor:

@@ -18,8 +18,10 @@ from torch.nn.utils import parametrize
 from fastlens.components.attention import AbstractAttention, Attention, GroupedQueryAttention
 from fastlens.components.block import TransformerBlock
 from fastlens.components.embed import Embed, PosEmbed, Unembed
+from fastlens.components.latent_attention import LatentAttention
 from fastlens.components.layout import from_input_heads, from_output_heads, linear, neighbours
 from fastlens.components.mlp import MLP, CanBeUsedAsMLP, GatedMLP
+from fastlens.components.moe import ExpertWeight, MoE, MoEGatedMLP
 from fastlens.components.norms import (
     LayerNorm,
     LayerNormPre,
@@ -37,9 +39,9 @@ from fastlens.ops.rotary import rotary
 Edit = Callable[[str, Tensor], None]
 
 _PLAIN = {
-    *(TransformerBlock, Attention, GroupedQueryAttention, MLP, GatedMLP, HookPoint, XIELU),
+    *(TransformerBlock, Attention, GroupedQueryAttention, LatentAttention, MLP, GatedMLP, HookPoint, XIELU),
     *(LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, Embed, PosEmbed, Unembed),
-    *(nn.Identity, nn.ModuleList, *QK_NORM_CLASSES),
+    *(nn.Identity, nn.ModuleList, *QK_NORM_CLASSES, MoE, MoEGatedMLP, ExpertWeight),
 }
 
 
@@ -80,6 +82,16 @@ def projected(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def projections(
+    attn: AbstractAttention, x: Float[Tensor, "row d_model"], names: str
+) -> tuple[Tensor, ...]:
+    """Queries, keys or values before QK-norm and rotary, each ``[row, heads, width]``."""
+    if isinstance(attn, LatentAttention):
+        return attn.of_rows(x, names)
+    leaves = _leaves(attn)
+    return projected(attn, x, names).split([len(leaves[name][1]) for name in names], 1)
+
+
 def projected_heads(
     attn: AbstractAttention,
     x: Float[Tensor, "entry d_model"],
@@ -87,6 +99,8 @@ def projected_heads(
     heads: Int[Tensor, " entry"],
 ) -> Float[Tensor, "entry d_head"]:
     """Each entry's query, key or value of its own head."""
+    if isinstance(attn, LatentAttention):
+        return attn.of_row_heads(x, name, heads)
     weight, bias = _leaves(attn)[name]
     out = x.new_empty(x.shape[0], weight.shape[2])
     for head in heads.unique().tolist():
@@ -147,12 +161,15 @@ def result_of_heads(
 def mlp_output(
     mlp: CanBeUsedAsMLP, x: Float[Tensor, "row d_model"], edit: Edit | None = None
 ) -> Float[Tensor, "row d_model"]:
-    """What an `MLP` or `GatedMLP` writes for rows of its normalised input.
+    """What an `MLP`, `GatedMLP` or `MoE` writes for rows of its normalised input.
 
     Args:
         edit: ``edit(site, activation)`` may write into the activation at ``mlp_pre``,
-            ``mlp_pre_linear``, ``mlp_mid`` and ``mlp_post``, in the order of the forward.
+            ``mlp_pre_linear``, ``mlp_mid`` and ``mlp_post``, in the order of the forward. A
+            mixture of experts has no such sites: its rows go to experts of their own.
     """
+    if isinstance(mlp, MoE):
+        return mlp.unhooked(x)
     edit = edit or _leave
     if isinstance(mlp, GatedMLP):
         joint = neighbours([mlp.W_gate.t(), mlp.W_in.t()])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlens.config import HookedTransformerConfig
+from fastlens.config import EncoderConfig, HookedTransformerConfig
 
 
 class TokenTypeEmbed(nn.Module):
@@ -17,7 +17,9 @@ class TokenTypeEmbed(nn.Module):
     def __init__(self, cfg: HookedTransformerConfig | dict[str, Any]):
         super().__init__()
         self.cfg = HookedTransformerConfig.unwrap(cfg)
-        self.W_token_type = nn.Parameter(torch.empty(2, self.cfg.d_model, dtype=self.cfg.dtype))
+        n_types = (self.cfg.encoder or EncoderConfig()).n_token_types
+        shape = n_types, self.cfg.d_model
+        self.W_token_type = nn.Parameter(torch.empty(shape, dtype=self.cfg.dtype))
 
     def forward(
         self, token_type_ids: Int[Tensor, "batch pos"]

@@ -23,12 +23,14 @@ class XIELU(nn.Module):
         alpha_n_init: float = 0.8,
         beta_init: float = 0.5,
         eps: float = -1e-6,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.alpha_p = nn.Parameter(_inverse_softplus(alpha_p_init))
-        self.alpha_n = nn.Parameter(_inverse_softplus(alpha_n_init - beta_init))
-        self.register_buffer("beta", torch.tensor(beta_init))
-        self.register_buffer("eps", torch.tensor(eps))
+        self.alpha_p = nn.Parameter(_inverse_softplus(alpha_p_init).to(dtype))
+        self.alpha_n = nn.Parameter(_inverse_softplus(alpha_n_init - beta_init).to(dtype))
+        self.register_buffer("beta", torch.tensor(beta_init, dtype=dtype))
+        # Rounded to float32 first, as in checkpoints.
+        self.register_buffer("eps", torch.tensor(eps).to(dtype))
 
     def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The activation, elementwise."""

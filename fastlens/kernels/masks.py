@@ -49,10 +49,20 @@ def with_lengths(
 
 
 def alibi_slopes(n_heads: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " head"]:
-    """The ALiBi slope of each head: a geometric series from ``2 ** (-8 / n_heads)``."""
-    start = 2 ** (-8 / n_heads)
-    powers = torch.arange(1, n_heads + 1, device=device, dtype=torch.float64)
-    return torch.tensor(start, device=device, dtype=torch.float64).pow(powers).to(dtype)
+    """The ALiBi slope of each head (Press et al. 2108.12409).
+
+    For a power of two, ``2 ** (-8 (h + 1) / n_heads)``. For other numbers of heads the series of
+    the next lower power of two, then every other slope of the next higher one, as in the paper's
+    code, BLOOM and MPT; TransformerLens takes the formula for any number.
+    """
+    lower = 1 << (n_heads.bit_length() - 1)
+    powers = torch.arange(1, lower + 1, device=device, dtype=torch.float64)
+    slopes = torch.tensor(2 ** (-8 / lower), device=device, dtype=torch.float64).pow(powers)
+    if n_heads > lower:
+        odd = torch.arange(1, 2 * (n_heads - lower), 2, device=device, dtype=torch.float64)
+        start = torch.tensor(2 ** (-4 / lower), device=device, dtype=torch.float64)
+        slopes = torch.cat([slopes, start.pow(odd)])
+    return slopes.to(dtype)
 
 
 def visible_keys(rule: AttentionRule, n_keys: int, first: int, last: int) -> tuple[int, int]:

@@ -8,8 +8,9 @@ import torch
 
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError, did_you_mean
+from fastlens.weights.checkpoints import Checkpoint, find_checkpoint
 from fastlens.weights.family import FAMILIES, Family
-from fastlens.weights.names import checkpoint_revision, known_names
+from fastlens.weights.names import known_names
 from fastlens.weights.source import Source, check_layers, open_source
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,10 @@ def open_model(
     """
     options = _checked_options(from_pretrained_kwargs)
     hub = {name: options[name] for name in _SOURCE_OPTIONS if name in options}
-    checkpoint, hub["revision"] = _checkpoint_fields(
-        str(model_name), checkpoint_index, checkpoint_value, checkpoint_label, hub.get("revision")
+    checkpoint = _checkpoint(
+        str(model_name), checkpoint_index, checkpoint_value, checkpoint_label, hub
     )
+    hub |= {"revision": checkpoint.revision, "weights_file": checkpoint.file}
     dtype = _torch_dtype_of(options.get("torch_dtype") or dtype, device)
     if hf_model is None:
         # Before anything is fetched.
@@ -81,7 +83,7 @@ def open_model(
         source, dtype, device, n_devices, default_prepend_bos, first_n_layers, n_ctx
     )
     cfg.trust_remote_code = bool(hub.get("trust_remote_code"))
-    for field, value in checkpoint.items():
+    for field, value in checkpoint.fields.items():
         setattr(cfg, field, value)
     return OpenedModel(source, cfg, bool(options.get("verbose", True)))
 
@@ -126,28 +128,26 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _checkpoint_fields(
-    name: str,
-    index: int | None,
-    value: int | None,
-    label: int | None,
-    revision: str | None,
-) -> tuple[dict[str, object], str | None]:
-    """Config fields that record a checkpoint, and the revision that holds it."""
+def _checkpoint(
+    name: str, index: int | None, value: int | None, label: int | None, hub: dict[str, Any]
+) -> Checkpoint:
+    """Where the checkpoint is; where none is asked for, the revision alone."""
     if value is not None and label is not None:
         raise ConfigError(
             "checkpoint_value and checkpoint_label are two names of one thing. Give one of them."
         )
     value = label if value is None else value
+    revision = hub.get("revision")
     if index is None and value is None:
-        return {}, revision
-    found, fields = checkpoint_revision(name, index, value)
-    if revision not in (None, found):
+        return Checkpoint(revision, None, {})
+    listing = {key: hub[key] for key in ("revision", "token") if key in hub}
+    found = find_checkpoint(name, index, value, **listing)
+    if revision not in (None, found.revision):
         raise ConfigError(
             f"revision={revision!r} was asked together with a checkpoint, which is revision "
-            f"{found!r}. Give one of them."
+            f"{found.revision!r}. Give one of them."
         )
-    return fields, found
+    return found
 
 
 def _torch_dtype_of(dtype: Any, device: Any) -> torch.dtype:

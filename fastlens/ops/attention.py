@@ -6,26 +6,27 @@ from torch import Tensor
 
 from fastlens.kernels.attention_gradients import attention_gradients
 from fastlens.kernels.masks import AttentionRule, with_lengths
-from fastlens.ops.attention_inputs import check_lengths, checked_mask
+from fastlens.ops.attention_inputs import check_lengths, checked_mask, widened
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
 
 def attention(
     q: Float[Tensor, "batch query_pos head d_head"],
     k: Float[Tensor, "batch key_pos kv_head d_head"],
-    v: Float[Tensor, "batch key_pos kv_head d_head"],
+    v: Float[Tensor, "batch key_pos kv_head d_value"],
     rule: AttentionRule,
     offset: int = 0,
     key_mask: Bool[Tensor, "#batch key_pos"] | None = None,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
     key_lengths: Int[Tensor, " batch"] | None = None,
-) -> Float[Tensor, "batch query_pos head d_head"]:
+) -> Float[Tensor, "batch query_pos head d_value"]:
     """``softmax(mask(cap(q . k / scale) + alibi + bias)) @ v``, without the pattern.
 
     Args:
         q: Queries; row i stands at absolute position ``offset + i``.
         k, v: Keys and values from position 0 on. Query head h reads KV head
-            ``h // (head / kv_head)``; they are not expanded.
+            ``h // (head / kv_head)``; they are not expanded. Values may be narrower than keys: the
+            work is then as if zeros stood behind them.
         rule: Scale, causality, window (1 or more), soft-cap, ALiBi.
         offset: 0 or more.
         key_mask: False where a key is padding; one row may stand for all examples. A query row that
@@ -42,6 +43,10 @@ def attention(
     Raises: ShapeError for heads that are no multiple of the KV heads, any other shapes that do not
         fit, numbers that are not floating-point, an offset below 0, a window below 1.
     """
+    if 0 < v.shape[-1] < k.shape[-1]:
+        wide = widened(v, k)
+        z = attention(q, k, wide, rule, offset, key_mask, bias, key_lengths)
+        return z[..., : v.shape[-1]]
     key_mask = checked_mask(q, k, v, rule, offset, key_mask, bias)
     if key_lengths is not None:
         check_lengths(key_lengths, q.shape[0])
@@ -56,13 +61,13 @@ def attention(
 def attention_with_lse(
     q: Float[Tensor, "batch query_pos head d_head"],
     k: Float[Tensor, "batch key_pos kv_head d_head"],
-    v: Float[Tensor, "batch key_pos kv_head d_head"],
+    v: Float[Tensor, "batch key_pos kv_head d_value"],
     rule: AttentionRule,
     offset: int = 0,
     key_mask: Bool[Tensor, "#batch key_pos"] | None = None,
     bias: Float[Tensor, "#batch #head query_pos key_pos"] | None = None,
     key_lengths: Int[Tensor, " batch"] | None = None,
-) -> tuple[Float[Tensor, "batch query_pos head d_head"], Float[Tensor, "batch head query_pos"]]:
+) -> tuple[Float[Tensor, "batch query_pos head d_value"], Float[Tensor, "batch head query_pos"]]:
     """`attention`, and the log-sum-exp of each row's scores.
 
     ``lse = log(sum(exp(scores)))`` over the visible keys. With it any row of the pattern is
@@ -76,6 +81,10 @@ def attention_with_lse(
     On the CPU it comes from PyTorch's fused kernel; with a soft-cap, or while a gradient of
     ``bias`` is recorded, scores are made a second time for it, in blocks of query rows.
     """
+    if 0 < v.shape[-1] < k.shape[-1]:
+        wide = widened(v, k)
+        z, lse = attention_with_lse(q, k, wide, rule, offset, key_mask, bias, key_lengths)
+        return z[..., : v.shape[-1]], lse
     key_mask = checked_mask(q, k, v, rule, offset, key_mask, bias)
     if key_lengths is not None:
         check_lengths(key_lengths, q.shape[0])

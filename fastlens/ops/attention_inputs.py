@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlens.errors import ShapeError
@@ -70,6 +71,11 @@ def checked_mask(
         f"key_mask is [batch, key_pos], {list(k_shape[:2])}, or one row for all examples; got "
         f"{list(key_mask.shape)}."
     )
+
+
+def widened(v: Tensor, k: Tensor) -> Tensor:
+    """Values with zeros behind them, as wide as the keys that the kernels take them with."""
+    return F.pad(v, (0, k.shape[-1] - v.shape[-1]))
 
 
 def check_heads(n_heads: int, kv_heads: int) -> None:

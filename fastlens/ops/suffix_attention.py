@@ -17,6 +17,7 @@ from fastlens.ops.attention_inputs import (
     check_mask,
     check_rule,
     is_integer,
+    widened,
 )
 from fastlens.ops.dispatch import is_opaque, kernel_for
 
@@ -24,13 +25,13 @@ from fastlens.ops.dispatch import is_opaque, kernel_for
 def suffix_attention(
     q: Float[Tensor, "row head d_head"],
     k: Float[Tensor, "row kv_head d_head"],
-    v: Float[Tensor, "row kv_head d_head"],
+    v: Float[Tensor, "row kv_head d_value"],
     table: Int[Tensor, "branch pos"],
     spans: Sequence[Span],
     rule: AttentionRule,
     key_mask: Bool[Tensor, "branch pos"] | None = None,
     sinks: Float[Tensor, " head"] | None = None,
-) -> Float[Tensor, "out_row head d_head"]:
+) -> Float[Tensor, "out_row head d_value"]:
     """Attention where runs of one prompt hold only the rows in which they differ.
 
     Branch b at position t stands at packed row ``table[b, t]``, its own or one that it shares with
@@ -41,6 +42,7 @@ def suffix_attention(
 
     Args:
         q, k, v: Packed rows, any strides. Query head h reads KV head ``h // (head / kv_head)``.
+            Values may be narrower than keys: the work is then as if zeros stood behind them.
         table: Integers. A place that no wanted row sees may hold -1.
         spans: The rows that are wanted: of each span's branches, positions ``start .. stop - 1``.
         rule: Scale, causality, window, soft-cap, ALiBi. If not causal, a row sees every column of
@@ -61,6 +63,9 @@ def suffix_attention(
         On the CPU a row outside the packed ones raises torch's IndexError; on a GPU it is not
         checked.
     """
+    if 0 < v.shape[-1] < k.shape[-1]:
+        wide = suffix_attention(q, k, widened(v, k), table, spans, rule, key_mask, sinks)
+        return wide[..., : v.shape[-1]]
     _check(q, k, v, table, spans, rule, key_mask)
     if sinks is not None:
         _refuse_gradient(q, k, v)

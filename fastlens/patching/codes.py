@@ -274,7 +274,9 @@ def placed(found: Codes, layer: int, model: PatchableModel) -> PlacedCodes:
     by_layer = dict(zip(found.layers(cfg.n_layers), found.by_layer.values(), strict=True))
     sae = by_layer[layer]
     hook = SITES[found.site].hook_name(layer)
-    width = cfg.n_heads * cfg.d_head if found.site == "z" else cfg.d_model
+    width = cfg.d_model
+    if found.site == "z":
+        width = cfg.n_heads * (cfg.d_value or cfg.d_head)
     d_in = getattr(getattr(sae, "cfg", None), "d_in", None)
     if isinstance(d_in, int) and d_in != width:
         raise SweepError(

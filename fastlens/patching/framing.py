@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fastlens.components.rotary_tables import table_rows
 from fastlens.patching.frame import Frame, NullTest
 from fastlens.patching.model import PatchableModel
 from fastlens.patching.wave import Stem
@@ -35,7 +36,9 @@ def stem_of(
         key_mask = torch.cat(masks).bool()
     if key_mask is None:
         positions = torch.arange(base.shape[1], device=base.device).expand(positions.shape)
-    stem = Stem(residual, shortformer, key_mask, positions)
+    lengths = torch.cat([one.sum(1) for one in masks])
+    rows = table_rows(model.cfg, positions, lengths)
+    stem = Stem(residual, shortformer, key_mask, rows)
     if other is None:
         return stem, [base.shape[1]] * len(base)
     of_base, of_other = positions.chunk(2)

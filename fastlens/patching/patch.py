@@ -220,7 +220,7 @@ def check_source(
         if patch.axes[-1] not in WITHOUT_WIDTH:
             in_heads = site.axes[-1] == "head" and not site.name.endswith(("_in", "_input"))
             in_heads = in_heads and site.name != "result"
-            shape.append(model.cfg.d_head if in_heads else model.cfg.d_model)
+            shape.append(_head_width(model.cfg, site.name) if in_heads else model.cfg.d_model)
         try:
             source.tensor.expand(shape)
         except RuntimeError as error:
@@ -248,6 +248,12 @@ def check_source(
                 f"{patch.hook_name} in the cache is {list(found)} over batch and "
                 f"{', '.join(site.axes)}; the prompts need {list(wanted)}."
             )
+
+
+def _head_width(cfg: Any, site: str) -> int:
+    """Channels of a head at a site; values may be narrower than keys."""
+    of_values = site in ("v", "z") and getattr(cfg, "d_value", None)
+    return of_values or cfg.d_head
 
 
 def check_run(run: Run, model: PatchableModel) -> None:

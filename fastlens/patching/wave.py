@@ -32,7 +32,7 @@ class Stem:
         residual: The stream that enters block 0, base examples then other ones.
         shortformer: Positions added to what queries and keys read, or None.
         key_mask: False where a key is padding, or None.
-        rotary_pos: Each token's position as rotary counts it.
+        rotary_pos: Each token's row in the rotary tables.
     """
 
     residual: Float[Tensor, "stems pos d_model"]

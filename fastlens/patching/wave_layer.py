@@ -13,8 +13,8 @@ from fastlens.components.rows import (
     finished_qkv,
     mlp_output,
     output_of_heads,
-    projected,
     projected_heads,
+    projections,
     read,
     result_of_heads,
     written,
@@ -284,24 +284,23 @@ class WaveLayer:
         positions = self.wave.stem.shortformer
         if positions is not None:
             h_qk = h + positions[self.wave.stem_of[pack.branch], pack.pos]
-        n_heads, n_kv = cfg.n_heads, self.frame.n_kv_heads
         self.counts[0] = len(pack)
         if self.is_last:
             wanted = self.wave.needed[pack.pos].nonzero()[:, 0]
             self.counts[1] = len(wanted)
-            q = h.new_zeros(len(pack), n_heads, cfg.d_head)
-            q[wanted] = projected(attn, h_qk[wanted], "q")
+            q = h.new_zeros(len(pack), cfg.n_heads, cfg.d_head)
+            (q[wanted],) = projections(attn, h_qk[wanted], "q")
             if h_qk is h:
-                k, v = projected(attn, h, "kv").split([n_kv, n_kv], 1)
+                k, v = projections(attn, h, "kv")
             else:
-                k, v = projected(attn, h_qk, "k"), projected(attn, h, "v")
+                (k,), (v,) = projections(attn, h_qk, "k"), projections(attn, h, "v")
         elif h_qk is h:
             self.counts[1] = len(pack)
-            q, k, v = projected(attn, h, "qkv").split([n_heads, n_kv, n_kv], 1)
+            q, k, v = projections(attn, h, "qkv")
         else:
             self.counts[1] = len(pack)
-            q, k = projected(attn, h_qk, "qk").split([n_heads, n_kv], 1)
-            v = projected(attn, h, "v")
+            q, k = projections(attn, h_qk, "qk")
+            (v,) = projections(attn, h, "v")
         self.rows |= {"q": q, "k": k, "v": v}
         self._join("attn_in", "q_input", "k_input", "v_input")
         self._patch_inputs()

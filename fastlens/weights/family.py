@@ -8,11 +8,12 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastlens.config import HookedTransformerConfig
+from fastlens.config import EncoderConfig, HookedTransformerConfig
 from fastlens.errors import ConfigError, WeightsError
 from fastlens.registry import Registry
 from fastlens.weights.gguf_file import GgufReader
@@ -39,7 +40,7 @@ HARMLESS = frozenset(
     """.split()
 )
 # Parts of ours whose tensors stand outside the base model, so without its prefix.
-_HEADS = ("unembed", "mlm_head", "nsp_head")
+_HEADS = ("unembed", "mlm_head", "nsp_head", "rtd_head")
 MAX_LISTED = 30
 
 
@@ -48,12 +49,14 @@ class Key:
     """One tensor of a checkpoint: its axes there, and the parameters it becomes.
 
     ``axes`` names sizes of the config (``d_model d_mlp d_vocab n_ctx``) and of the heads: ``heads``
-    and ``kv_heads`` are ``n * d_head``, ``qkv`` is three times ``heads``; ``two`` is 2. A size may
-    be a sum of names and numbers: ``heads+kv_heads+kv_heads``, ``n_ctx+2``. ``into`` may be several
-    names, or none (read, checked by ``view`` and dropped); ``{l}`` is the layer, ``{kv}`` an
-    underscore where key-value heads are grouped. ``when`` names a config attribute, or is a
+    and ``kv_heads`` are ``n * d_head``, ``qkv`` is three times ``heads``; ``two`` is 2; encoders
+    have ``d_embed``, ``token_types`` and ``positions`` (rows of their position table), mixtures
+    ``experts`` and ``d_shared``. A size may be a sum of names and numbers:
+    ``heads+kv_heads+kv_heads``, ``n_ctx+2``. ``into`` may be several names, or none (read, checked
+    by ``view`` and dropped); ``{l}`` is the layer, ``{e}`` the expert (every expert in turn, if the
+    tensor's own name does not say which), ``{kv}`` an underscore where key-value heads are grouped. ``when`` names a config attribute, or is a
     function of the config, without which the tensor does not exist. ``factor`` multiplies what
-    is read; `Family.plan` sets it from `Family.factors`.
+    is read; `Family.plan` sets it from `Family.factors`. Layers before ``from_layer`` lack it.
     """
 
     axes: str
@@ -61,11 +64,24 @@ class Key:
     view: View = as_it_is
     when: str | Callable[[dict[str, Any]], bool] | None = None
     factor: float = 1.0
+    from_layer: int = 0
 
-    def targets(self, layer: int | None, grouped: bool) -> tuple[str, ...]:
-        """The parameter names for one layer."""
+    def targets(self, place: "Place", cfg: HookedTransformerConfig) -> tuple[str, ...]:
+        """The parameter names for one place."""
         names = (self.into,) if isinstance(self.into, str) else self.into
-        return tuple(name.format(l=layer, kv="_" if grouped else "") for name in names)
+        experts: Iterable[int | None] = (place.expert,)
+        if place.expert is None and any("{e}" in name for name in names):
+            experts = range(cfg.num_experts or 0)
+        kv = "" if cfg.n_key_value_heads is None else "_"
+        return tuple(name.format(l=place.layer, e=e, kv=kv) for e in experts for name in names)
+
+
+class Place(NamedTuple):
+    """A tensor's name in the table, and its layer and expert where the name has them."""
+
+    pattern: str
+    layer: int | None = None
+    expert: int | None = None
 
 
 # Group -> (tensor name in the checkpoint, its key, our names).
@@ -109,6 +125,8 @@ class Family:
     ``aliases``: TransformerLens' names -> hub repositories.
     ``factors``: parameter (``{l}`` for the layer) -> what its tensor is multiplied with, as a
     function of the config: multipliers of the embedding, of what layers write, of the logits.
+    ``computed``: parameter -> the function of our config and a dtype that makes it, where a
+    checkpoint does not hold it (sinusoidal positions).
     ``checkpoints``: repository -> (revision pattern, steps), or None if it has no checkpoints.
     ``model_class``: the class of ours that loads it.
     ``optional``: parts of our model that a checkpoint may lack as a whole (task heads), each as
@@ -133,6 +151,9 @@ class Family:
     default_prepend_bos: bool = True
     gguf: Mapping[str, Gguf] = field(default_factory=dict)
     factors: Mapping[str, Callable[[dict[str, Any]], float]] = field(default_factory=dict)
+    computed: Mapping[str, Callable[[HookedTransformerConfig, torch.dtype], Tensor]] = field(
+        default_factory=dict
+    )
     checkpoints: Callable[[str], tuple[str, Sequence[int]] | None] | None = None
     model_class: str = "HookedTransformer"
     optional: tuple[tuple[str, ...], ...] = ()
@@ -199,24 +220,24 @@ class Family:
         """
         cfg = HookedTransformerConfig(**self.config_fields(config), device="cpu")
         sizes = _sizes(cfg)
-        grouped = cfg.n_key_value_heads is not None
-        wanted = dict.fromkeys(self._wanted(config, cfg.n_layers))
+        wanted = dict.fromkeys(self._wanted(config, cfg))
         problems: list[str] = []
         plan: Plan = {}
         covered: set[str] = set()
         for name, shape in shapes.items():
-            pattern, layer = self._pattern(name)
-            key = self.keys.get(pattern)
-            if pattern in self.keys and key is None:
+            place = self._place(name)
+            key = self.keys.get(place.pattern)
+            if place.pattern in self.keys and key is None:
                 continue
-            if key is None or (pattern, layer) not in wanted:
+            if key is None or place not in wanted:
                 problems.append(f"unknown: {name} {list(shape)}")
                 continue
             expected = tuple(_size(axis, sizes) for axis in key.axes.split())
             if tuple(shape) != expected:
                 problems.append(f"wrong shape: {name} is {list(shape)}, expected {list(expected)}")
-            covered.update(key.targets(layer, grouped))
-            self._enter(plan, name, self._with_factor(key, config), layer, grouped)
+            targets = key.targets(place, cfg)
+            covered.update(targets)
+            self._enter(plan, name, self._with_factor(key, config), place.layer, targets)
         wholly_absent = absent_parts(self.optional, covered)
         if (
             "unembed.W_U" not in covered
@@ -225,21 +246,27 @@ class Family:
         ):
             self._tie(plan, config)
             covered.add("unembed.W_U")
-        problems += self._missing(wanted, covered, grouped, wholly_absent)
+        problems += self._missing(wanted, covered, cfg, wholly_absent)
         if problems:
             raise WeightsError(_listing(self.name, problems))
         order = ["unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))]
         return {group: self._first_names(plan[group]) for group in order if group in plan}
 
-    def _pattern(self, name: str) -> tuple[str, int | None]:
-        """A tensor's name without prefix and with ``{l}`` for its layer, and that layer."""
+    def _place(self, name: str) -> Place:
+        """A tensor's name without prefix and with ``{l}`` and ``{e}`` for its layer and expert."""
         name = name.removeprefix(self.prefix)
+        if name in self.keys:
+            return Place(name)
         found = re.match(r"^(\D*\.)(\d+)(\..*)$", name)
         if found is None:
-            return name, None
-        return f"{found[1]}{{l}}{found[3]}", int(found[2])
+            return Place(name)
+        rest, expert = found[3], re.match(r"^(\D*\.experts\.)(\d+)(\..*)$", found[3])
+        if expert is not None:
+            rest = f"{expert[1]}{{e}}{expert[3]}"
+        number = None if expert is None else int(expert[2])
+        return Place(f"{found[1]}{{l}}{rest}", int(found[2]), number)
 
-    def _wanted(self, config: dict[str, Any], n_layers: int) -> Iterator[tuple[str, int | None]]:
+    def _wanted(self, config: dict[str, Any], cfg: HookedTransformerConfig) -> Iterator[Place]:
         for pattern, key in self.keys.items():
             if key is None:
                 continue
@@ -249,26 +276,32 @@ class Family:
                 exists = key.when is None or key.when(config)
             if not exists:
                 continue
-            layers: Iterable[int | None] = range(n_layers) if "{l}" in pattern else (None,)
-            yield from ((pattern, layer) for layer in layers)
+            layers: Iterable[int | None] = (None,)
+            experts: Iterable[int | None] = (None,)
+            if "{l}" in pattern:
+                layers = range(key.from_layer, cfg.n_layers)
+            if "{e}" in pattern:
+                experts = range(cfg.num_experts or 0)
+            yield from (Place(pattern, layer, expert) for layer in layers for expert in experts)
 
     def _missing(
         self,
-        wanted: Iterable[tuple[str, int | None]],
+        wanted: Iterable[Place],
         covered: set[str],
-        grouped: bool,
+        cfg: HookedTransformerConfig,
         absent: Collection[str],
     ) -> list[str]:
         missing = {}
-        for pattern, layer in wanted:
-            key = self.keys[pattern]
+        for place in wanted:
+            key = self.keys[place.pattern]
             assert key is not None
-            for target in key.targets(layer, grouped):
+            for target in key.targets(place, cfg):
                 part = target.split(".")[0]
                 if target not in covered and part not in absent:
                     prefix = "" if part in _HEADS else self.prefix
                     # Two names may give one parameter; the first is today's.
-                    missing.setdefault(target, prefix + pattern.format(l=layer))
+                    name = place.pattern.format(l=place.layer, e=place.expert)
+                    missing.setdefault(target, prefix + name)
         return [f"missing: {name}" for name in dict.fromkeys(missing.values())]
 
     @staticmethod
@@ -277,9 +310,8 @@ class Family:
         name: str,
         key: Key,
         layer: int | None,
-        grouped: bool,
+        targets: tuple[str, ...],
     ) -> None:
-        targets = key.targets(layer, grouped)
         if layer is not None:
             group = f"blocks.{layer}"
         else:
@@ -294,7 +326,7 @@ class Family:
         first: dict[tuple[str, ...], int] = {}
         places = []
         for name, _, targets in entries:
-            pattern = self._pattern(name)[0]
+            pattern = self._place(name).pattern
             place = patterns.index(pattern) if pattern in self.keys else len(patterns)
             places.append(place)
             first[targets] = min(place, first.get(targets, place))
@@ -344,6 +376,7 @@ def family_of(config: dict[str, Any]) -> tuple[Family, str]:
 
 def _sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
     heads = cfg.n_heads * cfg.d_head
+    encoder = cfg.encoder or EncoderConfig()
     return {
         "d_model": cfg.d_model,
         "d_mlp": cfg.d_mlp or 0,
@@ -353,8 +386,20 @@ def _sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "kv_heads": (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head,
         "qkv": 3 * heads,
         "two": 2,
+        "d_embed": encoder.d_embed or cfg.d_model,
+        "token_types": encoder.n_token_types,
+        "frequencies": (cfg.rotary_dim or cfg.d_head) // 2,
+        "positions": cfg.n_ctx + (0 if encoder.padding_id is None else encoder.padding_id + 1),
         "n_heads": cfg.n_heads,
+        "values": cfg.n_heads * (cfg.d_value or cfg.d_head),
+        "nope": cfg.n_heads * (cfg.d_head - (cfg.rotary_dim or 0)),
+        "rotary": cfg.rotary_dim or 0,
+        "d_q_latent": cfg.d_q_latent or 0,
+        "d_kv_latent": cfg.d_kv_latent or 0,
+        "d_head": cfg.d_head,
         "buckets": cfg.relative_attention_num_buckets or 0,
+        "experts": cfg.num_experts or 0,
+        "d_shared": cfg.d_shared_expert or 0,
     }
 
 

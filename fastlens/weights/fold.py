@@ -133,6 +133,14 @@ class _Group:
         return self.tensors
 
 
+def _attention_readers(group: _Group) -> list[str]:
+    """The weights of attention that read the residual stream."""
+    if "attn.W_KVA" in group:
+        # Latent attention: what stands behind the latents reads those.
+        return ["attn.W_QA" if "attn.W_QA" in group else "attn.W_Q", "attn.W_KVA", "attn.W_KR"]
+    return ["attn.W_Q", _kv(group, "W_K"), _kv(group, "W_V")]
+
+
 def _kv(group: _Group, name: str) -> str:
     """``attn._W_K`` where keys and values are grouped, else ``attn.W_K``."""
     return f"attn._{name}" if f"attn._{name}" in group else f"attn.{name}"
@@ -173,7 +181,7 @@ def _fold_norms(group: _Group, cfg: HookedTransformerConfig, fold_bias: bool, ce
         _make_identity(group, "ln_final", fold_bias)
     if not group.name.startswith("blocks."):
         return
-    for name in ("attn.W_Q", _kv(group, "W_K"), _kv(group, "W_V")):
+    for name in _attention_readers(group):
         _read_past(group, "ln1", name, name.replace("W_", "b_"), fold_bias, centre)
     if not cfg.attn_only:
         # A parallel block without ln2 feeds both sublayers from ln1.

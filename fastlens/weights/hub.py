@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastlens.errors import SourceError
 from fastlens.settings import HF_TOKEN
-from fastlens.weights.names import unknown_name
+from fastlens.weights.names import NOT_ON_THE_HUB, unknown_name
 
 _TEXT = ["*.json", "*.txt", "*.model"]
-_WEIGHTS = (["model*.safetensors"], ["pytorch_model*.bin"])
+# The last are TransformerLens' own.
+_WEIGHTS = (["model*.safetensors"], ["pytorch_model*.bin"], ["*final.pth"])
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model",
 )  # fmt: skip
@@ -23,20 +25,29 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
     with_weights: bool = True,
+    file: str | None = None,
 ) -> Path:
     """The folder with config, tokenizer and weights of a repository, safetensors if it has any.
 
     Files already in the cache are not fetched again. ``token`` defaults to ``HF_TOKEN``.
-    ``with_weights=False`` leaves the weights where they are.
+    ``with_weights=False`` leaves the weights where they are; ``file`` is the one file of weights
+    that is wanted, which may lie in a folder of the repository.
 
     Raises: ModelNameError (near names) for a repository that does not exist; SourceError when it is
-        gated, has no such revision, or the hub cannot be reached and the cache has no copy.
+        gated, has no such revision, is known not to be on the hub, or the hub cannot be reached and
+        the cache has no copy.
     """
     from huggingface_hub import snapshot_download
 
+    if repository in NOT_ON_THE_HUB:
+        raise SourceError(
+            f"{repository!r} was asked, whose weights are on no hub. Give the folder that holds "
+            f"them in transformers' format, or a transformers model: hf_model=."
+        )
     asked = f"{repository!r}" + (f" at revision {revision!r}" if revision else "")
     folder = Path()
-    for weights in _WEIGHTS if with_weights else ([],):
+    wanted = _WEIGHTS if file is None else ([file],)
+    for weights in wanted if with_weights else ([],):
         with hub_errors(repository, asked):
             folder = Path(
                 snapshot_download(
@@ -45,13 +56,31 @@ def fetch(
                     cache_dir=cache_dir,
                     token=token or HF_TOKEN.get() or None,
                     allow_patterns=[*_TEXT, *weights],
-                    ignore_patterns=["*/*"],
+                    ignore_patterns=["*/*"] if file is None else None,
                     local_files_only=local_files_only,
                 )
             )
         if any(list(folder.glob(pattern)) for pattern in weights):
             break
     return folder
+
+
+def listed_files(
+    repository: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **_: Any,
+) -> list[str]:
+    """The files of a repository, which the hub is asked for.
+
+    Raises: as `fetch`.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(repository, f"the list of files of {repository!r}"):
+        token = token or HF_TOKEN.get() or None
+        return HfApi().list_repo_files(repository, revision=revision, token=token)
 
 
 @contextmanager

@@ -37,6 +37,11 @@ def is_bias(key: str) -> bool:
     return key.rsplit(".", 1)[-1].startswith(("b_", "_b_"))
 
 
+def unread(cfg: HookedTransformerConfig) -> tuple[str, ...]:
+    """Parameters that TransformerLens has and no forward reads: positions beside ALiBi's."""
+    return ("pos_embed.W_pos",) if cfg.positional_embedding_type == "alibi" else ()
+
+
 def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> set[str]:
     """Read, process and store a source's weights; ``flags`` are `possible_flags`' answer.
 
@@ -64,7 +69,7 @@ def load_source(model: nn.Module, source: Source, flags: Mapping[str, bool]) -> 
         if key.split(".")[0] in absent:
             torch.nn.init.constant_(parameter, torch.nan)
             filled.add(key)
-    fill_rest(parameters, filled)
+    fill_rest(parameters, filled, unread(cfg))
     return absent
 
 
@@ -101,10 +106,22 @@ def _refuse_gain(key: str, tensor: Tensor) -> None:
 
 
 @torch.no_grad()
-def fill_rest(parameters: Mapping[str, Tensor], filled: Iterable[str]) -> None:
-    """Biases that a checkpoint does not have are zero; anything else that is left is an error."""
-    filled = set(filled)
-    missing = [key for key in parameters if key not in filled and not is_bias(key)]
+def fill_rest(
+    parameters: Mapping[str, Tensor], filled: Iterable[str], unread: Iterable[str] = ()
+) -> None:
+    """Biases that a checkpoint does not have are zero, those of LayerNorms too (MPT, Cohere).
+
+    Raises: WeightsError for anything else that is left.
+
+    Args:
+        unread: Other parameters that may be zero, as nothing reads them.
+    """
+    filled, unread = set(filled), set(unread)
+    missing = [
+        key
+        for key in parameters
+        if key not in filled | unread and not is_bias(key) and not (is_norm(key) and key[-1] == "b")
+    ]
     if missing:
         raise WeightsError(f"no weights were given for {', '.join(missing)}.")
     for key, parameter in parameters.items():

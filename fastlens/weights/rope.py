@@ -22,10 +22,15 @@ _KEYS = {
         "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
         "original_max_position_embeddings", "truncate",
     },
+    "longrope": {
+        "factor", "attention_factor", "short_factor", "long_factor",
+        "original_max_position_embeddings",
+    },
 }  # fmt: skip
 _REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -101,7 +106,23 @@ def rotary_fields(
             "yarn_original_max_position_embeddings": original,
             "yarn_truncate": rope.get("truncate", True),
         }
+    elif kind == "longrope":
+        original = config.get("original_max_position_embeddings") or original
+        fields |= {
+            "longrope_short_factor": list(rope["short_factor"]),
+            "longrope_long_factor": list(rope["long_factor"]),
+            "longrope_original_ctx_len": original,
+            "longrope_attention_factor": _longrope_factor(rope, n_ctx, original),
+        }
     return fields
+
+
+def _longrope_factor(rope: dict[str, Any], n_ctx: int, original: int) -> float:
+    """What LongRoPE multiplies sine and cosine with (Ding et al. 2402.13753)."""
+    factor = float(rope.get("factor") or n_ctx / original)
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def _attention_factor(rope: dict[str, Any], factor: float) -> float:

@@ -22,6 +22,7 @@ from fastlens.weights.gguf_source import GgufTensors, open_gguf
 from fastlens.weights.hub import cached_tokenizer_folder, fetch, has_tokenizer
 from fastlens.weights.names import SMOLLM2, TOY, known_names, packaged_model, repository_of
 from fastlens.weights.native import NativeTensors, is_native
+from fastlens.weights.own_format import as_family_config, is_own, own_reader
 from fastlens.weights.tensor_files import LiveReader, Shape, TensorReader, folder_reader
 from fastlens.weights.views import as_it_is, transposed
 
@@ -115,17 +116,28 @@ class Source(Protocol):
 
 
 class _Tokenizer:
-    """Loads a tokenizer from local files when called; None if there are none."""
+    """Loads a tokenizer from local files when called; None if there are none.
+
+    ``repository`` is another one that has it, which is asked where the folder is None.
+    """
 
     def __init__(
-        self, folder: Path | None, gguf_file: str | None = None, trust_remote_code: bool = False
+        self,
+        folder: Path | None,
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+        repository: str | None = None,
     ):
         self.folder = folder
+        self.repository = repository
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if gguf_file is not None:
             self._options["gguf_file"] = gguf_file
 
     def __call__(self) -> Any:
+        if self.folder is None and self.repository is not None:
+            cached = cached_tokenizer_folder(self.repository)
+            self.folder = cached or fetch(self.repository, with_weights=False)
         if self.folder is None:
             return None
         from transformers import AutoTokenizer
@@ -216,12 +228,23 @@ class CheckpointSource:
                 read = self._reader.read(tensor, dtype).to(device)
             views = key.view(read, cfg)
             views = (views,) if isinstance(views, Tensor) else views
-            if out is not None and key.factor != 1:
+            if key.factor != 1 and read is out:
                 read.mul_(key.factor)
             elif key.factor != 1:
                 views = [view * key.factor for view in views]
             tensors.update(zip(targets, views, strict=True))
+        for target in self._computed(name, without):
+            made = self.family.computed[target](cfg, dtype or torch.float32)
+            tensors[target] = made.to(device or made.device)
         return tensors
+
+    def _computed(self, group: str, without: Collection[str]) -> list[str]:
+        """The group's parameters that no tensor of the checkpoint holds."""
+        return [
+            target
+            for target in self.family.computed
+            if group_of(target) == group and target not in without
+        ]
 
     def _landing(
         self,
@@ -245,12 +268,14 @@ class CheckpointSource:
         without: Collection[str] = (),
     ) -> int:
         """See `Source.beside`."""
-        return sum(
-            math.prod(self._reader.shapes[tensor]) * dtype.itemsize
+        numbers = sum(
+            math.prod(self._reader.shapes[tensor])
             for tensor, key, targets in self._plan.get(name, [])
             if not (targets and set(targets) <= set(without))
             and self._landing(tensor, key, targets, cfg, dtype, into) is None
         )
+        numbers += sum(into[target].numel() for target in self._computed(name, without))
+        return numbers * dtype.itemsize
 
     def of_tokens(
         self, name: str, tokens: Int[Tensor, " token"], dtype: torch.dtype | None = None
@@ -390,6 +415,7 @@ def check_layers(asked: int, found: int) -> None:
 class _Options:
     trust_remote_code: bool = False
     ignored: frozenset[str] = frozenset()
+    weights_file: str | None = None
 
     def without_ignored(self, config: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in config.items() if name not in self.ignored}
@@ -405,6 +431,7 @@ def open_source(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
     ignore_config_attributes: Sequence[str] = (),
+    weights_file: str | None = None,
 ) -> Source:
     """Find a model and check that all of it can be loaded; no weights are read yet.
 
@@ -418,12 +445,14 @@ def open_source(
         trust_remote_code: Passed to the tokenizer's loader. The model's own code is never run.
         ignore_config_attributes: Attributes of its config.json that the family does not account
             for, and that are known not to change what the model computes.
+        weights_file: The one file of weights to read, of a repository or folder in
+            TransformerLens' own format; by default its final ones.
 
     Raises: ModelNameError (near names), SourceError (missing, truncated or corrupt files, the hub
         out of reach), ConfigError and WeightsError (see `CheckpointSource`).
     """
     name = str(name)
-    options = _Options(trust_remote_code, frozenset(ignore_config_attributes))
+    options = _Options(trust_remote_code, frozenset(ignore_config_attributes), weights_file)
     if hf_model is not None:
         return _from_memory(name, hf_model, cache_dir, options)
     packaged = packaged_model(name)
@@ -446,6 +475,7 @@ def open_source(
         cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
+        file=weights_file,
     )
     return _from_folder(folder, repository, options, tokenizer_name=repository)
 
@@ -473,16 +503,30 @@ def _from_folder(
     ggufs = list(folder.glob("*.gguf"))
     if not (folder / "config.json").is_file() and len(ggufs) == 1:
         return _from_gguf(ggufs[0], model_name)
-    config = options.without_ignored(_read_config(folder))
+    stated = options.without_ignored(_read_config(folder))
+    config = as_family_config(stated, model_name)
     family, architecture = family_of(config)
+    with_tokenizer, elsewhere, overrides = folder if has_tokenizer(folder) else None, None, {}
+    if is_own(stated):
+        reader = own_reader(folder, config, options.weights_file)
+        elsewhere = stated.get("tokenizer_name") if with_tokenizer is None else None
+        overrides = {} if elsewhere is None else {"tokenizer_name": elsewhere}
+    elif options.weights_file is not None:
+        raise SourceError(
+            f"the file {options.weights_file} of {folder} was asked, but only folders in "
+            f"TransformerLens' own format keep checkpoints as files. Give the folder or revision."
+        )
+    else:
+        reader = folder_reader(folder)
     return CheckpointSource(
         family,
         architecture,
         config,
-        folder_reader(folder),
+        reader,
         model_name,
-        _Tokenizer(folder if has_tokenizer(folder) else None, None, options.trust_remote_code),
+        _Tokenizer(with_tokenizer, None, options.trust_remote_code, elsewhere),
         tokenizer_name or str(folder),
+        overrides,
     )
 
 

@@ -16,7 +16,7 @@ from fastlens.errors import EditedError, MemoryLimitError
 from fastlens.memory import said_bytes
 from fastlens.weights.blocks import Blocks
 from fastlens.weights.fold import VOCABULARY_PART, group_of, process_group
-from fastlens.weights.load import HALF, check_fit, fill_rest, store
+from fastlens.weights.load import HALF, check_fit, fill_rest, store, unread
 from fastlens.weights.on_demand import AwayParameter, Layout, OnDemand, StreamedParameter
 from fastlens.weights.source import Source
 from fastlens.weights.tensor_files import CHUNK_BYTES
@@ -383,7 +383,7 @@ class WeightStream:
                     group.part_of, tensors, self.cfg, consume=consume, **self._flags
                 )
             filled = store(places, tensors)
-            fill_rest(places, filled)
+            fill_rest(places, filled, unread(self.cfg))
             return places
 
     # -- gradients ---------------------------------------------------------------------------

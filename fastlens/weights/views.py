@@ -55,6 +55,16 @@ def both(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, Tensor]:
     return tensor, tensor.clone()
 
 
+def each_expert(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, ...]:
+    """``[expert, ...]``: one tensor for each expert."""
+    return tensor.unbind()
+
+
+def gates_and_ups(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, ...]:
+    """``[expert, gate and up, d_model]``: gate and up projection of each expert in turn."""
+    return tuple(part for both in tensor for part in both.chunk(2))
+
+
 def must_be_zero(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, ...]:
     """Nothing, if the tensor is zero everywhere: there is no parameter it could become."""
     if tensor.count_nonzero():

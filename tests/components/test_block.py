@@ -44,7 +44,6 @@ def test_a_spread_stream_is_copied_only_under_a_hook():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_experts": 4, "experts_per_token": 1}, "mixture-of-experts"),
         ({"use_logn_attn": True}, "log-n"),
         ({"use_dynamic_ntk_rope": True}, "NTK"),
         ({"load_in_4bit": True}, "4-bit"),

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from fastlens.components.rotary_tables import rotary_tables
+from fastlens import HookedTransformer
+from fastlens.components.rotary_tables import rotary_tables, table_rows
 from fastlens.config import HookedTransformerConfig
 from tests.close import assert_close_to
 from tests.configs import tiny
+from tests.models import prompts, randomise
 
 SIZES = {"n_layers": 1, "d_model": 16, "n_ctx": 16, "d_head": 8, "d_vocab": 5, "act_fn": "relu",
          "positional_embedding_type": "rotary", "device": "cpu"}  # fmt: skip
@@ -98,3 +100,45 @@ def test_tables_without_numbers():
         sin, cos = rotary_tables(HookedTransformerConfig(**SIZES, rotary_dim=8), 16, torch.float32)
     assert sin.is_meta
     assert cos.shape == (16, 8)
+
+
+def longrope(**changes):
+    return HookedTransformerConfig(
+        **tiny(
+            "llama",
+            longrope_short_factor=[1.0, 1.5, 2.0, 3.0],
+            longrope_long_factor=[2.0, 4.0, 8.0, 16.0],
+            longrope_original_ctx_len=5,
+            longrope_attention_factor=1.25,
+            **changes,
+        )
+    )
+
+
+def test_longrope_tables_hold_short_texts_then_long_ones():
+    cfg = longrope()
+    plain = HookedTransformerConfig(**tiny("llama"))
+    sin, _ = rotary_tables(cfg, 12, torch.float64)
+    steps = torch.arange(4, dtype=torch.float64) / 4
+    for rows, factors in ((sin[:5], [1, 1.5, 2, 3]), (sin[5:], [2, 4, 8, 16])):
+        angles = torch.arange(len(rows), dtype=torch.float64)[:, None] * (
+            10000.0**-steps / torch.tensor(factors, dtype=torch.float64)
+        )
+        assert_close_to(rows[:, :4], 1.25 * angles.sin(), atol=1e-12)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
+    lengths = torch.tensor([6, 3])
+    assert table_rows(cfg, positions, lengths).tolist() == [[5, 6, 7, 8, 9], [0, 0, 0, 1, 2]]
+    assert table_rows(plain, positions, lengths) is positions
+
+
+def test_longrope_of_a_text_is_decided_by_its_own_length():
+    model = HookedTransformer(longrope(dtype=torch.float64)).eval()
+    randomise(model)
+    tokens, mask = prompts(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        both = model(tokens, attention_mask=mask)
+        assert_close_to(both[:1], model(tokens[:1]), atol=1e-12)
+        assert_close_to(both[1:, 4:], model(tokens[1:, 4:]), atol=1e-12)
+        # A short beginning of a long text is turned otherwise than the same text alone.
+        assert not torch.allclose(both[:1, :3], model(tokens[:1, :3]))

@@ -46,6 +46,24 @@ def test_alibi_slopes_of_eight_heads_are_powers_of_one_half():
     assert torch.allclose(slopes, torch.tensor([2.0**-n for n in range(1, 9)], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 6, 12, 16, 71, 112])
+def test_alibi_slopes_are_those_of_bloom_and_mpt(n_heads):
+    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    slopes = alibi_slopes(n_heads, torch.device("cpu"), torch.float32)
+    bloom = _get_alibi_slopes(n_heads, torch.device("cpu"))
+    mpt = -build_mpt_alibi_tensor(n_heads, 2)[:, 0, 0]
+    # They raise float32 numbers to powers.
+    assert torch.allclose(slopes, bloom, rtol=2e-6, atol=0)
+    assert torch.allclose(slopes, mpt, rtol=2e-6, atol=0)
+
+
+def test_alibi_slopes_between_powers_of_two():
+    slopes = alibi_slopes(6, torch.device("cpu"), torch.float64)
+    assert slopes.tolist() == [2.0**-n for n in (2, 4, 6, 8, 1, 3)]
+
+
 def test_lengths_hide_the_keys_behind_them():
     lengths = torch.tensor([0, 2, 5])
     counted = with_lengths(None, lengths, 3)

@@ -539,8 +539,6 @@ def test_bad_configs_are_refused_with_a_sentence():
         HookedTransformer("gpt2")
     with pytest.raises(ConfigError, match="d_vocab is not set"):
         HookedTransformer(tiny("gpt2", d_vocab=-1))
-    with pytest.raises(ConfigError, match="mixture-of-experts"):
-        HookedTransformer(tiny("llama", num_experts=4, experts_per_token=2))
 
 
 def test_gradients_flow_through_the_joint_free_path_only_when_wanted():

@@ -82,7 +82,10 @@ def width_of(model: Any, site: str) -> int:
     if SITES[site].axes[-1] in ("neuron", "key_pos"):
         return 1
     in_heads = site in ("q", "k", "v", "z", "rot_q", "rot_k")
-    return model.cfg.d_head if in_heads else model.cfg.d_model
+    if not in_heads:
+        return model.cfg.d_model
+    of_values = site in ("v", "z") and model.cfg.d_value
+    return of_values or model.cfg.d_head
 
 
 def random_patch(

@@ -78,6 +78,21 @@ def test_what_is_left_is_zero_or_an_error():
         load.fill_rest(parameters, [key for key in parameters if key != "ln_final.w"])
 
 
+def test_biases_of_norms_and_what_nobody_reads_may_be_absent():
+    model = HookedTransformer(tiny("alibi"))
+    parameters = dict(model.named_parameters())
+    absent = {"ln_final.b", *load.unread(model.cfg)}
+    assert absent == {"ln_final.b", "pos_embed.W_pos"}
+    with torch.no_grad():
+        for name in absent:
+            parameters[name].fill_(3.0)
+    filled = set(parameters) - absent
+    load.fill_rest(parameters, filled, load.unread(model.cfg))
+    assert not any(parameters[name].any() for name in absent)
+    with pytest.raises(WeightsError, match=r"no weights were given for pos_embed\.W_pos"):
+        load.fill_rest(parameters, filled, load.unread(HookedTransformer(tiny("gpt2")).cfg))
+
+
 def test_check_fit_lists_everything():
     model = HookedTransformer(tiny("gpt2"))
     parameters = dict(model.named_parameters())

@@ -1,10 +1,10 @@
-"""Names: aliases, packaged models, near names, checkpoints."""
+"""Names: aliases, packaged models, near names. TransformerLens': test_names_of_transformer_lens."""
 
 import pytest
 
 from fastlens.errors import ModelNameError
 from fastlens.weights.names import (
-    checkpoint_revision,
+    AUDIO,
     known_names,
     packaged_model,
     repository_of,
@@ -51,19 +51,8 @@ def test_packaged_models():
     assert len(names) > 200
 
 
-def test_checkpoints():
-    revision, fields = checkpoint_revision("pythia-160m-v0", -1, None)
-    assert revision == "step143000"
-    assert fields == {
-        "from_checkpoint": True,
-        "checkpoint_index": 142,
-        "checkpoint_value": 143000,
-        "checkpoint_label_type": "step",
-    }
-    # As in TransformerLens the index wins.
-    assert checkpoint_revision("pythia-160m", 0, 512)[0] == "step0"
-    assert checkpoint_revision("alias-gpt2-small-x21", None, 400)[0] == "checkpoint-400"
-    with pytest.raises(ModelNameError, match="has 143 checkpoints"):
-        checkpoint_revision("pythia-160m-v0", 143, None)
-    with pytest.raises(ModelNameError, match="Nearest: 1000, 2000, 3000"):
-        checkpoint_revision("pythia-160m-v0", None, 0)
+@pytest.mark.parametrize("name", AUDIO)
+def test_speech_models_are_refused(name):
+    with pytest.raises(ModelNameError, match=r"encodes speech.*HookedModule\.from_pretrained"):
+        repository_of(name)
+    assert name not in known_names()

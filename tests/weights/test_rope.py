@@ -76,7 +76,7 @@ def test_lengths_default_to_the_models():
     assert stated["yarn_factor"] == 4.0
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "proportional"])
+@pytest.mark.parametrize("kind", ["dynamic", "su", "proportional"])
 def test_other_kinds_are_refused(kind):
     with pytest.raises(ConfigError, match=f"asks for rope_type='{kind}'. fastlens computes def"):
         fields(rope_type=kind, factor=2.0)

@@ -2,40 +2,51 @@
 
 from typing import Any
 
+from fastlens.config import EncoderConfig
 from fastlens.errors import ConfigError
 from fastlens.weights.family import Family, Key
 from fastlens.weights.views import (
     bias_heads,
-    first_positions,
     input_heads,
     output_heads,
     transposed,
 )
 
 
-def _head_size(config: dict[str, Any]) -> dict[str, Any]:
+def encoder_fields(
+    config: dict[str, Any], d_model: int = 768, n_heads: int = 12, **differences: Any
+) -> dict[str, Any]:
+    """Head size and `EncoderConfig` of an encoder that is like BERT but for these differences.
+
+    Args:
+        d_model, n_heads: The family's defaults.
+    """
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise ConfigError(
             "this BERT is a decoder (is_decoder or add_cross_attention in its config), which is "
             "not computed here. HookedEncoder takes encoders."
         )
-    d_head = config.get("hidden_size", 768) // config.get("num_attention_heads", 12)
-    return {"d_head": d_head}
+    d_model, n_heads = (
+        config.get("hidden_size", d_model), config.get("num_attention_heads", n_heads)
+    )
+    return {"d_head": d_model // n_heads, "encoder": EncoderConfig(**differences)}
+
+
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    return encoder_fields(config, n_token_types=config.get("type_vocab_size", 2))
 
 
 B, T = "encoder.layer.{l}.", "blocks.{l}."
 S, P = B + "attention.self.", "cls.predictions."
-# In order: of two names of one parameter, the first is read.
-KEYS: dict[str, Key | None] = {
-    "embeddings.word_embeddings.weight": Key("d_vocab d_model", "embed.embed.W_E"),
-    "embeddings.position_embeddings.weight": Key(
-        "n_ctx d_model", "embed.pos_embed.W_pos", first_positions
-    ),
+# What BERT's kin have too.
+BODY: dict[str, Key | None] = {
+    "embeddings.word_embeddings.weight": Key("d_vocab d_embed", "embed.embed.W_E"),
+    "embeddings.position_embeddings.weight": Key("positions d_embed", "embed.pos_embed.W_pos"),
     "embeddings.token_type_embeddings.weight": Key(
-        "two d_model", "embed.token_type_embed.W_token_type"
+        "token_types d_embed", "embed.token_type_embed.W_token_type"
     ),
-    "embeddings.LayerNorm.weight": Key("d_model", "embed.ln.w"),
-    "embeddings.LayerNorm.bias": Key("d_model", "embed.ln.b"),
+    "embeddings.LayerNorm.weight": Key("d_embed", "embed.ln.w"),
+    "embeddings.LayerNorm.bias": Key("d_embed", "embed.ln.b"),
     "embeddings.position_ids": None,
     "embeddings.token_type_ids": None,
     S + "query.weight": Key("heads d_model", T + "attn.W_Q", input_heads),
@@ -56,6 +67,10 @@ KEYS: dict[str, Key | None] = {
     B + "output.LayerNorm.bias": Key("d_model", T + "ln2.b"),
     "pooler.dense.weight": Key("d_model d_model", "pooler.W", transposed),
     "pooler.dense.bias": Key("d_model", "pooler.b"),
+}
+# In order: of two names of one parameter, the first is read.
+KEYS: dict[str, Key | None] = {
+    **BODY,
     P + "transform.dense.weight": Key("d_model d_model", "mlm_head.W", transposed),
     P + "transform.dense.bias": Key("d_model", "mlm_head.b"),
     P + "transform.LayerNorm.weight": Key("d_model", "mlm_head.ln.w"),
@@ -67,10 +82,24 @@ KEYS: dict[str, Key | None] = {
     "cls.seq_relationship.weight": Key("two d_model", "nsp_head.W", transposed),
     "cls.seq_relationship.bias": Key("two", "nsp_head.b"),
 }
-# The names of checkpoints that came from TensorFlow, bert-base-uncased among them.
-for _name, _key in list(KEYS.items()):
-    if "LayerNorm." in _name:
-        KEYS[_name.replace(".weight", ".gamma").replace(".bias", ".beta")] = _key
+
+
+def tensorflow_names(keys: dict[str, Key | None]) -> dict[str, Key | None]:
+    """Norms as checkpoints call them that came from TensorFlow, bert-base-uncased among them."""
+    return {
+        name.replace(".weight", ".gamma").replace(".bias", ".beta"): key
+        for name, key in keys.items()
+        if "LayerNorm." in name
+    }
+
+
+KEYS |= tensorflow_names(KEYS)
+# None in eval mode; the pooler_* ones are for multilingual BERT's unused TensorFlow pooler.
+IGNORED = frozenset(
+    """hidden_dropout_prob attention_probs_dropout_prob classifier_dropout directionality
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_type""".split()
+)
 
 FAMILY = Family(
     name="bert",
@@ -97,21 +126,15 @@ FAMILY = Family(
         "positional_embedding_type": "standard",
         "attention_dir": "bidirectional",
     },
-    derive=_head_size,
+    derive=_fields,
     ties_by_default=True,
     only={
-        "type_vocab_size": 2,
         "position_embedding_type": "absolute",
         "pruned_heads": {},
         "use_bfloat16": False,
     },
-    reads=frozenset({"add_cross_attention"}),
-    # None in eval mode; the pooler_* ones are for multilingual BERT's unused TensorFlow pooler.
-    ignored=frozenset(
-        """hidden_dropout_prob attention_probs_dropout_prob classifier_dropout directionality
-        pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-        pooler_type""".split()
-    ),
+    reads=frozenset({"add_cross_attention", "type_vocab_size"}),
+    ignored=IGNORED,
     keys=KEYS,
     aliases={
         f"bert-{size}-{case}": f"google-bert/bert-{size}-{case}"

@@ -41,11 +41,15 @@ def check_aliases(family: Family, *fragments: str) -> int:
     return len(theirs)
 
 
-def check_same_as_transformerlens(case: str, convert: Callable[..., dict[str, Any]]) -> None:
-    """Our tensors equal those of TransformerLens' converter; what it adds beyond is zero."""
-    source = open_source("x", hf_model=hf_model(case))
+def check_same_as_transformerlens(case: Any, convert: Callable[..., dict[str, Any]]) -> None:
+    """Our tensors equal those of TransformerLens' converter; what it adds beyond is zero.
+
+    ``case`` is transformers' model, or the name of a case of `hf_model`.
+    """
+    model = hf_model(case) if isinstance(case, str) else case
+    source = open_source("x", hf_model=model)
     cfg = HookedTransformerConfig(**source.config_fields(), device="cpu")
-    theirs = convert(hf_model(case), cfg)
+    theirs = convert(model, cfg)
     for key, tensor in weights_of(source).items():
         assert torch.equal(tensor, theirs.pop(key)), key
     assert not any(tensor.count_nonzero() for tensor in theirs.values()), list(theirs)

@@ -24,7 +24,7 @@ class TestLlama(FamilyTests):
 
 @pytest.mark.tl
 def test_aliases_are_transformerlens():
-    assert check_aliases(FAMILY, "llama-2", "llama-3", "codellama", "yi-") > 30
+    assert check_aliases(FAMILY, "llama-7b", "llama-2", "llama-3", "codellama", "yi-") > 38
 
 
 @pytest.mark.tl

@@ -1,0 +1,160 @@
+"""DeepSeek-V3 and R1: latent attention, YaRN with its factor in the softmax too."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError
+from fastlens.weights.families import llama
+from fastlens.weights.family import Family, Key
+from fastlens.weights.rope import ROTARY_ATTRIBUTES, rotary_fields
+from fastlens.weights.views import input_heads, output_heads, transposed
+
+
+def attention_fields(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Sizes of latents and heads, rotary fields, and the softmax' scale."""
+    config = {**defaults, **config}
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    if kv_heads not in (None, heads):
+        raise ConfigError(
+            f"num_key_value_heads={kv_heads} was asked beside {heads} heads. Latent attention has "
+            f"as many of both."
+        )
+    rotary = config["qk_rope_head_dim"]
+    d_head = config["qk_nope_head_dim"] + rotary
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    growth = rope.get("mscale_all_dim") or 0
+    mscale = 1.0
+    if rope.get("rope_type", rope.get("type", "default")) != "default" and rope["factor"] > 1:
+        mscale = 0.1 * growth * math.log(rope["factor"]) + 1.0
+    return {
+        "d_head": d_head,
+        "d_value": config["v_head_dim"],
+        "d_q_latent": config["q_lora_rank"],
+        "d_kv_latent": config["kv_lora_rank"],
+        "attn_scale": math.sqrt(d_head) / mscale**2,
+        **rotary_fields(config, rotary, config["max_position_embeddings"]),
+        "rotary_adjacent_pairs": bool(config["rope_interleave"]),
+    }
+
+
+def rotated_first(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """Queries' weights with the channels that are rotated first; DeepSeek has them last."""
+    assert cfg.rotary_dim is not None
+    heads = tensor.view(cfg.n_heads, cfg.d_head, -1)
+    passing = cfg.d_head - cfg.rotary_dim
+    return torch.cat([heads[:, passing:], heads[:, :passing]], 1).transpose(1, 2)
+
+
+def keys_and_values(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, Tensor]:
+    """``[(head, key + value), latent]``: the keys' channels that are not rotated, then values."""
+    assert cfg.rotary_dim is not None
+    heads = tensor.view(cfg.n_heads, -1, tensor.shape[1]).transpose(1, 2)
+    passing = cfg.d_head - cfg.rotary_dim
+    return heads[..., :passing], heads[..., passing:]
+
+
+def latent_and_shared(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, Tensor]:
+    """The latent's weights or biases, and those of the rotated key that all heads share."""
+    latent, shared = tensor[: cfg.d_kv_latent], tensor[cfg.d_kv_latent :]
+    return (latent.t(), shared.t()) if tensor.ndim == 2 else (latent, shared)
+
+
+def _has_q_latent(config: dict[str, Any]) -> bool:
+    return config.get("q_lora_rank", 1536) is not None
+
+
+def _has_q_bias(config: dict[str, Any]) -> bool:
+    return _has_q_latent(config) and bool(config.get(SWITCH, False))
+
+
+def dense_only(config: dict[str, Any], default: int) -> None:
+    """Refuse mixtures of experts, whose router is not computed here."""
+    dense, layers = config.get("first_k_dense_replace", default), config["num_hidden_layers"]
+    if dense < layers:
+        raise ConfigError(
+            f"layers {dense} to {layers - 1} of this DeepSeek are mixtures of experts with a "
+            f"grouped router, which is not computed here. HookedModule opens it with hooks."
+        )
+
+
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    dense_only({"num_hidden_layers": 61, **config}, 3)
+    return attention_fields(config, DEFAULTS)
+
+
+SWITCH = "attention_bias"
+A, T = "layers.{l}.self_attn.", "blocks.{l}.attn."
+_LLAMAS = {name: key for name, key in llama.KEYS.items() if "self_attn" not in name}
+KEYS = {
+    **{name: key for name, key in _LLAMAS.items() if key is None or key.when is None},
+    A + "q_proj.weight": Key("heads d_model", T + "W_Q", rotated_first,
+                             lambda config: not _has_q_latent(config)),
+    A + "q_a_proj.weight": Key("d_q_latent d_model", T + "W_QA", transposed, _has_q_latent),
+    A + "q_a_proj.bias": Key("d_q_latent", T + "b_QA", when=_has_q_bias),
+    A + "q_a_layernorm.weight": Key("d_q_latent", T + "q_a_norm.w", when=_has_q_latent),
+    A + "q_b_proj.weight": Key("heads d_q_latent", T + "W_QB", rotated_first, _has_q_latent),
+    A + "kv_a_proj_with_mqa.weight": Key("d_kv_latent+rotary d_model", (T + "W_KVA", T + "W_KR"),
+                                         latent_and_shared),
+    A + "kv_a_proj_with_mqa.bias": Key("d_kv_latent+rotary", (T + "b_KVA", T + "b_KR"),
+                                       latent_and_shared, SWITCH),
+    A + "kv_a_layernorm.weight": Key("d_kv_latent", T + "kv_a_norm.w"),
+    A + "kv_b_proj.weight": Key("nope+values d_kv_latent", (T + "W_KB", T + "W_VB"),
+                                keys_and_values),
+    A + "o_proj.weight": Key("d_model values", T + "W_O", output_heads),
+    A + "o_proj.bias": Key("d_model", T + "b_O", when=SWITCH),
+}  # fmt: skip
+# transformers' defaults of what is not copied as it is.
+DEFAULTS = {
+    "num_attention_heads": 128,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 4096,
+    "rope_interleave": True,
+}
+
+CONFIG = {
+    "vocab_size": ("d_vocab", 129280),
+    "hidden_size": ("d_model", 7168),
+    "intermediate_size": ("d_mlp", 18432),
+    "num_hidden_layers": ("n_layers", 61),
+    "num_attention_heads": ("n_heads", 128),
+    "hidden_act": ("act_fn", "silu"),
+    "max_position_embeddings": ("n_ctx", 4096),
+    "rms_norm_eps": ("eps", 1e-6),
+}
+# Of the mixtures, and of training.
+MIXTURES = """n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group
+topk_group topk_method norm_topk_prob routed_scaling_factor scoring_func moe_layer_freq
+aux_loss_alpha seq_aux ep_size output_router_logits num_experts num_local_experts
+first_k_dense_replace""".split()
+
+FAMILY = Family(
+    name="deepseek_v3",
+    architectures=("DeepseekV3ForCausalLM",),
+    config_class="DeepseekV3Config",
+    prefix="model.",
+    config=CONFIG,
+    fixed={"normalization_type": "RMS", "final_rms": True, "gated_mlp": True},
+    derive=_fields,
+    # head_dim and qk_head_dim follow from the two parts of a head.
+    reads=ROTARY_ATTRIBUTES
+    | set(
+        """qk_rope_head_dim qk_nope_head_dim v_head_dim q_lora_rank kv_lora_rank rope_interleave
+        num_key_value_heads head_dim qk_head_dim""".split()
+    ),
+    switches={SWITCH: False},
+    # Modules that predict further tokens stand behind the model.
+    ignored=frozenset(
+        {"attention_dropout", "pretraining_tp", "num_nextn_predict_layers", "num_mtp_layers"}
+    )
+    | set(MIXTURES),
+    keys=KEYS,
+    repositories=("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1"),
+)
