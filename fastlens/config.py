@@ -84,14 +84,18 @@ class HookedTransformerConfig:
     bias (Cohere, StableLM). ``rotary_layers``: which layers rotate queries and keys; None is all of
     them (SmolLM-3, Cohere-2 and Exaone-4 have layers without positions). ``longrope_*``: what each
     rotary frequency is divided by in texts up to ``longrope_original_ctx_len`` tokens, and in longer
-    ones, and what sine and cosine are multiplied with (Ding et al. 2402.13753; Phi-3, Phi-4-mini). ``encoder``: how an
-    encoder differs from BERT.
+    ones, and what sine and cosine are multiplied with (Ding et al. 2402.13753; Phi-3, Phi-4-mini).
+    ``encoder``: how an encoder differs from BERT.
 
     Of mixtures of experts: ``softmax_after_top_k``: over the chosen experts alone, not over all.
     ``expert_biases``: router and experts have biases. ``expert_glu_limit``: experts compute
-    ``(up + 1) * gate * sigmoid(expert_glu_alpha * gate)``, both clamped (these three: GPT-OSS, whose
-    ``original_architecture`` sets them). ``d_shared_expert``: width of an expert that all tokens
-    pass; ``gates_shared_expert``: what it writes is scaled by a sigmoid (Qwen-2-MoE).
+    ``(up + 1) * gate * sigmoid(expert_glu_alpha * gate)``, both factors clamped (these three are
+    GPT-OSS', set by its ``original_architecture``). ``d_shared_expert``: width of an expert that
+    all tokens pass; ``gates_shared_expert``: what it writes is scaled by a sigmoid (Qwen-2-MoE).
+
+    Of DeepSeek's mixtures: ``router_scores``, ``expert_groups``, ``groups_per_token`` and
+    ``expert_weight_scale``: see `GroupedRouterMoE`. ``n_dense_layers``: the first layers have one
+    gated MLP of width ``d_mlp_dense``; ``d_mlp`` is an expert's.
 
     Of latent attention (DeepSeek): ``d_kv_latent`` and ``d_q_latent``: widths of the latents of
     keys with values, and of queries. ``d_value``: channels of a head's value and z; None is d_head.
@@ -201,6 +205,12 @@ class HookedTransformerConfig:
     expert_glu_alpha: float | int = 1.702
     d_shared_expert: int | None = None
     gates_shared_expert: bool = False
+    router_scores: str = "softmax"
+    expert_groups: int | None = None
+    groups_per_token: int | None = None
+    expert_weight_scale: float | int = 1.0
+    n_dense_layers: int = 0
+    d_mlp_dense: int | None = None
     d_kv_latent: int | None = None
     d_q_latent: int | None = None
     d_value: int | None = None
@@ -242,9 +252,13 @@ class HookedTransformerConfig:
         self.n_params = self.n_layers * self._attention_weights()
         if not self.attn_only:
             mlp = self.d_model * self.d_mlp * (2 + self.gated_mlp)
+            dense = self.n_dense_layers if self.num_experts else 0
+            if dense:
+                wide = self.d_model * (self.d_mlp_dense or self.d_mlp) * (2 + self.gated_mlp)
+                self.n_params += dense * wide
             if self.num_experts:
                 mlp = (mlp + self.d_model) * self.num_experts
-            self.n_params += self.n_layers * mlp
+            self.n_params += (self.n_layers - dense) * mlp
 
     def _attention_weights(self) -> int:
         """Numbers in the matrices of one layer's attention."""
@@ -266,6 +280,7 @@ class HookedTransformerConfig:
         self._check_one_of("init_mode", INIT_MODES)
         self._check_one_of("attention_dir", ("causal", "bidirectional"))
         self._check_one_of("qk_norm_kind", QK_NORMS)
+        self._check_one_of("router_scores", ("softmax", "sigmoid"))
         if self.rotary_layers is not None and len(self.rotary_layers) < self.n_layers:
             raise ConfigError(
                 f"rotary_layers has {len(self.rotary_layers)} entries for {self.n_layers} layers."

@@ -102,6 +102,16 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "window_size": 4,
         "attn_types": ["local", "global"],
     },
+    "moe": {**_LLAMA, "n_layers": 2, "d_mlp": 20, "num_experts": 5, "experts_per_token": 2},
+    "gpt_oss": {
+        **_LLAMA,
+        "n_layers": 2,
+        "d_mlp": 20,
+        "num_experts": 5,
+        "experts_per_token": 2,
+        "use_attention_sinks": True,
+        "original_architecture": "GptOssForCausalLM",
+    },
     "post_embedding_ln": {
         **_BASE,
         "positional_embedding_type": "alibi",

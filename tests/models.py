@@ -35,6 +35,10 @@ def theirs(name: str, **changes: Any) -> Any:
         cfg = transformer_lens.HookedTransformerConfig(**tiny(name, **changes))
         model = transformer_lens.HookedTransformer(cfg)
     randomise(model)
+    if cfg.num_experts:
+        # Its experts are drawn in float32 whatever the config says.
+        model.to(cfg.dtype)
+        model.load_state_dict(ours(name, **changes).state_dict(), strict=False)
     return model.eval()
 
 

@@ -148,6 +148,11 @@ class _Run:
         cfg = self.model.cfg
         if by == "neuron" and cfg.attn_only:
             raise ConfigError("by='neuron': this model is attn_only, so it has no MLPs.")
+        if by == "neuron" and cfg.num_experts:
+            raise ConfigError(
+                "by='neuron': this model has mixtures of experts, and no neurons that all tokens "
+                "pass. Use by='component' or by='head'."
+            )
         names = ["hook_embed", "unembed.hook_out"]
         if cfg.positional_embedding_type == "standard":
             names.append("hook_pos_embed")

@@ -360,8 +360,9 @@ class ActivationCache(RunParts):
                 ``[d_model, n]``; ``d_model`` is then never built.
         """
         pos, neurons = as_slice(pos_slice), as_slice(neuron_slice)
+        W_out = self._W_out(layer)
         post = neurons.apply(pos.apply(self[("post", layer)], dim=-2), dim=-1)
-        written = neurons.apply(self._W_out(layer, post.device), dim=0)
+        written = neurons.apply(W_out.to(post.device), dim=0)
         if project_output_onto is not None:
             written = written @ project_output_onto
             if project_output_onto.ndim == 1:

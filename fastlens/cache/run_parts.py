@@ -64,6 +64,9 @@ class RunParts(Activations):
         found = []
         if self.has_embed or "hook_embed" in places:
             found.append(("embed", self["hook_embed"]))
+        if "hook_full_embed" in places and not self._normalises_the_stream:
+            # An encoder's, summed and normalised before they enter.
+            found.append(("embed", self["hook_full_embed"]))
         fires = "hook_pos_embed" in places and positions == "standard"
         if (self.has_pos_embed or fires) and positions != "shortformer":
             found.append(("pos_embed", self["hook_pos_embed"]))
@@ -141,21 +144,22 @@ class RunParts(Activations):
     ) -> Tensor:
         """One row a neuron, along the directions ``read`` if given (``[n, d_model]``)."""
         norm = self._post_norm(layer, "ln2", pos) if after_norm else FrozenNorm()
+        W_out = self._W_out(layer)
         post = neurons.apply(pos.apply(self[("post", layer)], dim=-2), dim=-1)
-        W_out = neurons.apply(self._W_out(layer, post.device), dim=0)
+        W_out = neurons.apply(W_out.to(post.device), dim=0)
         if read is not None:
             W_out = W_out @ norm.pull_back(read).mT
         rows = neuron_results(post, W_out)
         return norm.apply(rows) if read is None else norm.divide(rows)
 
-    def _W_out(self, layer: int, device: torch.device) -> Tensor:
+    def _W_out(self, layer: int) -> Tensor:
         W_out = getattr(self.model.blocks[layer].mlp, "W_out", None)
         if W_out is None:
             raise ConfigError(
                 f"the MLP of layer {layer} ({type(self.model.blocks[layer].mlp).__name__}) has no "
                 "W_out, so it has no neurons to tell apart. Use expand_neurons=False."
             )
-        return W_out.to(device)
+        return W_out
 
     def _biases(self, layer: int, with_own_attention: bool, with_mlps: bool, pos: Slice) -> Tensor:
         """Sum of the output biases before ``layer``, or before its MLP."""
@@ -163,6 +167,7 @@ class RunParts(Activations):
             return self.model.accumulated_bias(
                 layer, mlp_input=with_own_attention, include_mlp_biases=with_mlps
             )
+        with_mlps = with_mlps and not self.model.cfg.num_experts
         attentions, mlps = layer + with_own_attention, layer if with_mlps else 0
         total: Tensor | None = None
         sublayers = [(i, "ln1", self.model.blocks[i].attn.b_O) for i in range(attentions)]

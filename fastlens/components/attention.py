@@ -24,7 +24,7 @@ from fastlens.components.position_methods import PositionMethods
 from fastlens.components.qk_norm import make_qk_norm
 from fastlens.components.rotary_tables import rotary_tables, table_rows
 from fastlens.config import HookedTransformerConfig
-from fastlens.errors import ConfigError
+from fastlens.errors import ConfigError, ShapeError
 from fastlens.factored_matrix import FactoredMatrix
 from fastlens.hooks.of_heads import heads_looked_at
 from fastlens.hooks.point import HookPoint, is_live
@@ -368,7 +368,17 @@ class AbstractAttention(PositionMethods, nn.Module):
         return bool(layers[self.layer_id or 0])
 
     def grow_tables(self, n_ctx: int) -> None:
-        """Make the rotary tables reach ``n_ctx`` positions."""
+        """Make the rotary tables reach ``n_ctx`` positions.
+
+        Raises: ShapeError beyond the training length of a model that attends otherwise there.
+        """
+        length = self.cfg.train_seq_length or self.cfg.n_ctx
+        if n_ctx > length and (self.cfg.use_logn_attn or self.cfg.use_dynamic_ntk_rope):
+            raise ShapeError(
+                f"a text of {n_ctx} tokens was given to a model trained on {length}, beyond which "
+                f"it scales queries and rotary angles by the length of the text (log-n attention, "
+                f"dynamic NTK). That is not computed here: give at most {length} tokens."
+            )
         if n_ctx > self.rotary_cos.shape[0]:
             sin, cos = self._tables(max(n_ctx, 2 * self.rotary_cos.shape[0]), self.rotary_cos.dtype)
             self.rotary_sin = sin.to(self.rotary_sin.device)

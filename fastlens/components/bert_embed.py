@@ -47,8 +47,8 @@ class BertEmbed(nn.Module):
         places = ["hook_embed"]
         self.has_positions = cfg.positional_embedding_type == "standard"
         if self.has_positions:
-            kind = PosEmbed if encoder.padding_id is None else CountedPosEmbed
-            self.pos_embed = of_width(kind, cfg)
+            counts = encoder.padding_id is not None
+            self.pos_embed = of_width(CountedPosEmbed, cfg) if counts else of_width(PosEmbed, cfg)
             places.append("hook_pos_embed")
         if encoder.n_token_types:
             self.token_type_embed = of_width(TokenTypeEmbed, cfg)

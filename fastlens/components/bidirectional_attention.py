@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlens.components.attention import Attention
 from fastlens.components.attended import sum_of
+from fastlens.components.attention import Attention
 from fastlens.config import HookedTransformerConfig
 from fastlens.kernels.masks import AttentionRule
 from fastlens.ops.attention import attention

@@ -16,8 +16,6 @@ from fastlens.errors import ConfigError
 from fastlens.hooks.point import HookPoint, is_live
 
 _NOT_YET = {
-    "use_logn_attn": "log-n attention (Qwen-1)",
-    "use_dynamic_ntk_rope": "dynamic NTK rotary scaling (Qwen-1)",
     "load_in_4bit": "bitsandbytes 4-bit weights",
 }
 
@@ -148,7 +146,7 @@ class TransformerBlock(ReadingBlock):
         kind = cfg.attn_types[block_index] if cfg.use_local_attn and cfg.attn_types else "global"
         self.attn = attention(cfg, kind, block_index)
         if not cfg.attn_only:
-            self.mlp = make_mlp(cfg)
+            self.mlp = make_mlp(cfg, block_index)
         for name, axes in self.AXES.items():
             if name == "hook_resid_mid" and (cfg.attn_only or cfg.parallel_attn_mlp):
                 continue

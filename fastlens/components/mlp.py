@@ -1,5 +1,6 @@
 """MLPs, plain and gated."""
 
+import copy
 from typing import Any
 
 import torch
@@ -128,11 +129,16 @@ class GatedMLP(CanBeUsedAsMLP):
         return self
 
 
-def make_mlp(cfg: HookedTransformerConfig) -> CanBeUsedAsMLP:
-    """The MLP the config asks for."""
+def make_mlp(cfg: HookedTransformerConfig, layer: int | None = None) -> CanBeUsedAsMLP:
+    """The MLP the config asks for, in this layer where the first differ."""
+    if cfg.num_experts and layer is not None and layer < cfg.n_dense_layers:
+        cfg = copy.copy(cfg)
+        cfg.num_experts, cfg.d_mlp = None, cfg.d_mlp_dense or cfg.d_mlp
     if cfg.num_experts:
-        # Above this module, as it is an MLP too.
+        # Above this module, as they are MLPs too.
+        from fastlens.components.grouped_router import GroupedRouterMoE
         from fastlens.components.moe import MoE
 
-        return MoE(cfg)
+        grouped = cfg.router_scores != "softmax" or cfg.expert_groups is not None
+        return (GroupedRouterMoE if grouped or cfg.expert_weight_scale != 1 else MoE)(cfg)
     return (GatedMLP if cfg.gated_mlp else MLP)(cfg)

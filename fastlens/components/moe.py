@@ -150,7 +150,8 @@ class MoE(CanBeUsedAsMLP):
     ``hook_expert_weights`` sees the router's weights of all experts, batch and position merged:
     before the choice, so that edits change it, or after it where the softmax is. It is followed by
     ``hook_expert_indices``, the chosen experts of each row, largest weight first. The hooks of an
-    expert see the rows that were sent to it, maybe none.
+    expert see the rows that were sent to it, maybe none; with ``softmax_after_top_k`` those of an
+    expert without rows do not fire, as in TransformerLens.
 
     Cost: the rows of each expert are one product; the device is waited for once, to count them.
     """
@@ -192,8 +193,7 @@ class MoE(CanBeUsedAsMLP):
         chosen = self.routed(self.W_gate(rows), self.hook_expert_weights, self.hook_expert_indices)
         out = torch.zeros_like(rows)
         for expert, some, weight in self._sent(*chosen, rows.dtype):
-            # With nothing to do it is called for its hooks alone.
-            if len(some) or any(is_live(getattr(expert, name, expert)) for name in _EXPERT_HOOKS):
+            if len(some) or self._is_called_idle(expert):
                 found = expert(rows.index_select(0, some)) * weight
                 out.index_add_(0, some, found.to(rows.dtype))
         if self.shared_expert is not None:
@@ -248,6 +248,18 @@ class MoE(CanBeUsedAsMLP):
         if cfg.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, see_indices(indices)
+
+    def margins(self, logits: Float[Tensor, "row expert"]) -> Float[Tensor, " row"]:
+        """How far the last expert that a row takes is ahead of the first that it does not."""
+        k = self.experts_per_token
+        best = logits.topk(k + 1, -1).values
+        return best[:, k - 1] - best[:, k]
+
+    def _is_called_idle(self, expert: nn.Module) -> bool:
+        """Whether an expert without rows is called, for its hooks: in GPT-OSS they do not fire."""
+        if self.cfg.softmax_after_top_k:
+            return False
+        return any(is_live(getattr(expert, name, expert)) for name in _EXPERT_HOOKS)
 
     def _sent(
         self, weights: Tensor, indices: Tensor, dtype: torch.dtype

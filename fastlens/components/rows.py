@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from fastlens.components.attention import AbstractAttention, Attention, GroupedQueryAttention
 from fastlens.components.block import TransformerBlock
 from fastlens.components.embed import Embed, PosEmbed, Unembed
+from fastlens.components.grouped_router import GroupedRouterMoE
 from fastlens.components.latent_attention import LatentAttention
 from fastlens.components.layout import from_input_heads, from_output_heads, linear, neighbours
 from fastlens.components.mlp import MLP, CanBeUsedAsMLP, GatedMLP
@@ -39,9 +40,10 @@ from fastlens.ops.rotary import rotary
 Edit = Callable[[str, Tensor], None]
 
 _PLAIN = {
-    *(TransformerBlock, Attention, GroupedQueryAttention, LatentAttention, MLP, GatedMLP, HookPoint, XIELU),
+    *(TransformerBlock, Attention, GroupedQueryAttention, LatentAttention),
+    *(MLP, GatedMLP, HookPoint, XIELU),
     *(LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, Embed, PosEmbed, Unembed),
-    *(nn.Identity, nn.ModuleList, *QK_NORM_CLASSES, MoE, MoEGatedMLP, ExpertWeight),
+    *(nn.Identity, nn.ModuleList, *QK_NORM_CLASSES, MoE, GroupedRouterMoE, MoEGatedMLP, ExpertWeight),
 }
 
 

@@ -16,7 +16,7 @@ from fastlens.components.bert_rtd_head import BertRTDHead
 from fastlens.components.bidirectional_attention import BidirectionalAttention
 from fastlens.components.block import TransformerBlock
 from fastlens.components.embed import Unembed
-from fastlens.components.norms import final_norm, make_norm
+from fastlens.components.norms import make_norm
 from fastlens.config import EncoderConfig, HookedTransformerConfig
 from fastlens.errors import ConfigError, ShapeError, TokenError, WeightsError
 from fastlens.hooks.point import HookPoint
@@ -101,7 +101,7 @@ class HookedEncoder(RandomWeightsMixin, StackedWeights, TransformerRoot):
         self.blocks = nn.ModuleList([_block(cfg, encoder, n) for n in range(cfg.n_layers)])
         self._share_layers()
         if encoder.pre_norm:
-            self.ln_final = final_norm(cfg)
+            self.ln_final = make_norm(cfg, cfg.normalization_type)
         if "mlm_head" in encoder.heads:
             self.mlm_head = BertMLMHead(cfg)
             self.unembed = of_width(Unembed, cfg)
@@ -415,7 +415,7 @@ class HookedEncoder(RandomWeightsMixin, StackedWeights, TransformerRoot):
                     f"or normalises the residual stream after every sublayer, so its logits are no "
                     f"sum of what its components wrote."
                 ) from None
-            if name == "pos_embed" or (name in HEADS and "encoder" in self.__dict__):
+            if name in ("W_pos", "W_E_pos") or (name in HEADS and "encoder" in self.__dict__):
                 raise AttributeError(
                     f"{name}: this kind of encoder has none. See cfg.encoder."
                 ) from None

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fastlens.hooks.derived import CacheDict
 from fastlens.hooks.places import Capture, Place, Places, Rule, Watch, anything, replace
 from fastlens.hooks.point import HookFunction
 from fastlens.hooks.root import HookedRootModule, HookList, HookName, NamesFilter, uncompiled
+from fastlens.model.any_architecture import transformers_model
 from fastlens.slices import Slice, SliceInput
 
 
@@ -77,6 +79,31 @@ class HookedModule(HookedRootModule):
         # Names given to `add_hook`, to warn of those that are not passed.
         self._asked: set[str] = set()
         self.setup()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str | Path,
+        *,
+        model_class: str | None = None,
+        verbose: bool = True,
+        **options: Any,
+    ) -> "HookedModule":
+        """A model that transformers loads, whatever its architecture, with hook points.
+
+        Args:
+            model_name: A hub name, an alias that `fastlens models` lists, or a folder.
+            model_class: The transformers class, by name; by default the one the checkpoint names.
+            verbose: Say in one line what it has, and what it lacks beside a `HookedTransformer`.
+            options: For that class' ``from_pretrained``: ``dtype=``, ``revision=``, ...
+
+        Raises: ConfigError for an architecture that transformers does not know; SourceError or
+            ModelNameError for a name that leads nowhere.
+        """
+        module, line = transformers_model(model_name, model_class, options)
+        if verbose:
+            print(line)  # noqa: T201
+        return cls(module)
 
     def setup(self) -> None:
         """List the places again; hooks on places that are still there stay on."""

@@ -28,7 +28,18 @@ class StackedWeights:
     def _stacked(self, part: str, name: str) -> Tensor:
         if part == "mlp" and self.cfg.attn_only:
             raise ConfigError(f"{name} was asked for, but this model is attn_only: it has no MLPs.")
-        found = [getattr(getattr(layer, part), name) for layer in self._layers()]
+        if part == "mlp" and self.cfg.num_experts:
+            raise ConfigError(
+                f"{name} was asked for, but this model has mixtures of experts: there is not one "
+                f"{name} a layer. Read model.blocks[layer].mlp.experts[expert]."
+            )
+        try:
+            found = [getattr(getattr(layer, part), name) for layer in self._layers()]
+        except AttributeError as error:
+            if self.cfg.d_kv_latent is None:
+                raise
+            # Said by a layer; a property's AttributeError would be lost.
+            raise ConfigError(str(error)) from None
         return torch.stack([self._gathered(weight) for weight in found])
 
     def _gathered(self, weight: Tensor) -> Tensor:
@@ -174,7 +185,8 @@ class WeightsMixin(StackedWeights):
         total = torch.zeros_like(like)
         for block in blocks[:layer]:
             total = total + self._gathered(block.attn.b_O)
-            if include_mlp_biases and not self.cfg.attn_only:
+            # What a mixture of experts adds depends on the token, its biases too.
+            if include_mlp_biases and not (self.cfg.attn_only or self.cfg.num_experts):
                 total = total + self._gathered(block.mlp.b_out)
         return total + self._gathered(blocks[layer].attn.b_O) if mlp_input else total
 

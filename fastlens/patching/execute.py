@@ -23,6 +23,7 @@ from fastlens.patching.plan import Chunk
 from fastlens.patching.query import SweepPlan
 from fastlens.patching.record import key_of, layout_of, plan_from_layout
 from fastlens.patching.result import Outcome, refuse_if_wrong, scores_of, tolerance_of
+from fastlens.patching.routing import router_gap
 from fastlens.patching.strategy import ALONE, STACKED
 from fastlens.scores import Scores
 
@@ -197,13 +198,15 @@ def _certificate(query: SweepPlan, outcome: Outcome, verify: Verify) -> dict[str
         clean_logits = query.model(_clean_tokens(query), **masked(query))
         readings = [reading.with_clean(clean_logits) for reading in readings]
     differences = [0.0] * len(readings)
+    worst = numbers[0]
     for number in numbers:
         logits = how.alone(query.runs[number], materialise=_is_small(query))
         for m, reading in enumerate(readings):
             again = reading.of_logits(logits, query.grid.name(query.runs[number]))
             difference = _difference(outcome.values[m][number], again)
             # Written so that NaN counts.
-            differences[m] = difference if not difference <= differences[m] else differences[m]
+            if not difference <= differences[m]:
+                differences[m], worst = difference, number
     certificate["max_difference"] = differences[0]
     if len(readings) > 1:
         certificate["by_metric"] = [
@@ -213,6 +216,10 @@ def _certificate(query: SweepPlan, outcome: Outcome, verify: Verify) -> dict[str
         certificate |= max(
             certificate["by_metric"], key=lambda one: one["max_difference"] / one["tolerance"]
         )
+    if not certificate["max_difference"] <= certificate["tolerance"]:
+        nearest = router_gap(query.model, lambda: how.alone(query.runs[worst]))
+        if nearest is not None:
+            certificate["router_gap"] = nearest._asdict()
     return certificate
 
 

@@ -26,6 +26,8 @@ class Frame:
         caches: Numbers of the sources whose values are looked up by hook name.
         itemsize: Bytes of one number.
         is_rotary: Whether queries and keys are rotated.
+        experts_width: Neurons of all experts that a row passes; 0 where there are none.
+        n_experts: Experts of a layer, for each of which the router gives a row one number.
     """
 
     n_layers: int
@@ -47,6 +49,8 @@ class Frame:
     caches: frozenset[int] = frozenset()
     itemsize: int = 4
     is_rotary: bool = False
+    experts_width: int = 0
+    n_experts: int = 0
 
     @property
     def batch(self) -> int:

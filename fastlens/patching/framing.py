@@ -79,6 +79,7 @@ def frame_of(
     n_kv = cfg.n_key_value_heads or cfg.n_heads
     if cfg.ungroup_grouped_query_attention:
         n_kv = cfg.n_heads
+    n_experts = getattr(cfg, "num_experts", None) or 0
     return Frame(
         n_layers=cfg.n_layers,
         n_pos=kept,
@@ -93,10 +94,18 @@ def frame_of(
         is_causal=is_causal,
         is_parallel=cfg.parallel_attn_mlp and not cfg.attn_only,
         is_attn_only=cfg.attn_only,
-        is_gated=cfg.gated_mlp,
+        is_gated=cfg.gated_mlp or n_experts > 0,
         has_source=has_source,
         nulls=nulls or {},
         caches=frozenset(caches),
         itemsize=cfg.dtype.itemsize,
         is_rotary=cfg.positional_embedding_type == "rotary",
+        experts_width=_experts_width(cfg) if n_experts else 0,
+        n_experts=n_experts,
     )
+
+
+def _experts_width(cfg: Any) -> int:
+    # TransformerLens' config knows no shared expert.
+    routed = cfg.experts_per_token * cfg.d_mlp + (getattr(cfg, "d_shared_expert", None) or 0)
+    return max(routed, getattr(cfg, "d_mlp_dense", None) or 0)

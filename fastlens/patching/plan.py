@@ -416,7 +416,8 @@ class Plan:
         f = self.frame
         keys = 2 * f.d_model * 2 * f.n_kv_heads * f.d_head
         queries = 2 * f.d_model * f.n_heads * f.d_head
-        mlp = 2 * (3 if f.is_gated else 2) * f.d_model * f.d_mlp
+        mlp = (3 if f.is_gated else 2) * (f.experts_width or f.d_mlp) + f.n_experts
+        mlp *= 2 * f.d_model
         scores = 4 * f.n_heads * f.d_head
         return counts @ np.array([keys, queries, queries, mlp, scores], dtype=np.int64)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlens.errors import MetricError, SweepError
 from fastlens.patching.metrics import NORMALIZED_UNIT, Reading
 from fastlens.patching.query import SweepPlan
+from fastlens.patching.routing import RouterGap
 from fastlens.scores import Scores
 
 # Largest |difference in the metric| between two ways to make a run, per unit of max(1, |gap|).
@@ -157,16 +158,34 @@ def check_gap(clean: Tensor, corrupted: Tensor, reading: Reading) -> None:
         )
 
 
+def _near_tie(router_gap: dict[str, Any]) -> str:
+    """How near the routers of the run came to another choice of experts."""
+    nearest = RouterGap(**router_gap)
+    text = (
+        f"The nearest call of a router was in layer {nearest.layer}, where the last expert that "
+        f"was chosen and the first that was not are {nearest.gap:.3g} apart in logits. "
+    )
+    if nearest.gap > nearest.rounding:
+        return text
+    return text + (
+        "Rounding can turn such a choice over, and then neither run is wrong: float64 weights "
+        "tell. If it is not that: "
+    )
+
+
 def refuse_if_wrong(scores: Scores) -> None:
     """Raises: SweepError with the scores in it if a run made again differs too much."""
     certificate = scores.certificate or {}
     difference = certificate.get("max_difference", 0.0)
     # Written so that NaN is refused too.
     if not difference <= certificate["tolerance"]:
+        reason = "Something in the model depends on what else is in the batch, or this is a fault"
+        reason += " of fastlens."
+        if "router_gap" in certificate:
+            reason = _near_tie(certificate["router_gap"]) + reason
         error = SweepError(
             f"a run made again by run_with_hooks differs by {difference:.3g} from the sweep's "
-            f"(tolerance {certificate['tolerance']:.3g}). Something in the model depends on what "
-            f"else is in the batch, or this is a fault of fastlens. The scores are in this error's "
+            f"(tolerance {certificate['tolerance']:.3g}). {reason} The scores are in this error's "
             f".scores; strategy: {(scores.plan or {}).get('strategy')}."
         )
         error.scores = scores  # type: ignore[attr-defined]

@@ -151,6 +151,8 @@ def missing_because(
         return None
     if site.name == "resid_mid" and cfg.parallel_attn_mlp:
         return "attention and MLP are parallel, so there is no stream between them"
+    if getattr(cfg, "num_experts", None) and site.axes == PER_NEURON:
+        return "its MLPs are mixtures of experts, each of which sees other tokens"
     if site.name == "resid_mid" and cfg.attn_only:
         return "the model has attention only, no MLP"
     return f"there is no hook point {site.hook_name(absent[0])!r}"

@@ -54,9 +54,10 @@ class Key:
     ``experts`` and ``d_shared``. A size may be a sum of names and numbers:
     ``heads+kv_heads+kv_heads``, ``n_ctx+2``. ``into`` may be several names, or none (read, checked
     by ``view`` and dropped); ``{l}`` is the layer, ``{e}`` the expert (every expert in turn, if the
-    tensor's own name does not say which), ``{kv}`` an underscore where key-value heads are grouped. ``when`` names a config attribute, or is a
-    function of the config, without which the tensor does not exist. ``factor`` multiplies what
-    is read; `Family.plan` sets it from `Family.factors`. Layers before ``from_layer`` lack it.
+    tensor's own name does not say which), ``{kv}`` an underscore where key-value heads are grouped.
+    ``when`` names a config attribute, or is a function of the config, without which the tensor does
+    not exist. ``factor`` multiplies what is read; `Family.plan` sets it from `Family.factors`.
+    Layers before ``from_layer`` lack it.
     """
 
     axes: str
@@ -65,6 +66,7 @@ class Key:
     when: str | Callable[[dict[str, Any]], bool] | None = None
     factor: float = 1.0
     from_layer: int = 0
+    in_layer: Callable[[dict[str, Any], int], bool] | None = None
 
     def targets(self, place: "Place", cfg: HookedTransformerConfig) -> tuple[str, ...]:
         """The parameter names for one place."""
@@ -125,10 +127,12 @@ class Family:
     ``aliases``: TransformerLens' names -> hub repositories.
     ``factors``: parameter (``{l}`` for the layer) -> what its tensor is multiplied with, as a
     function of the config: multipliers of the embedding, of what layers write, of the logits.
-    ``computed``: parameter -> the function of our config and a dtype that makes it, where a
+    ``computed``: parameter (``{l}`` for the layer) -> the function of our config and a dtype that makes it, where a
     checkpoint does not hold it (sinusoidal positions).
     ``checkpoints``: repository -> (revision pattern, steps), or None if it has no checkpoints.
     ``model_class``: the class of ours that loads it.
+    ``nested``: attribute whose dict is the language model's config, in models that see images too;
+    the attributes around it are accounted for like those in it.
     ``optional``: parts of our model that a checkpoint may lack as a whole (task heads), each as
     the first words of its parameters' names.
     """
@@ -156,6 +160,7 @@ class Family:
     )
     checkpoints: Callable[[str], tuple[str, Sequence[int]] | None] | None = None
     model_class: str = "HookedTransformer"
+    nested: str | None = None
     optional: tuple[tuple[str, ...], ...] = ()
 
     def hub_names(self) -> set[str]:
@@ -169,6 +174,7 @@ class Family:
 
         Raises: ConfigError that lists every attribute the family does not account for.
         """
+        config = self._flat(config)
         self._refuse_unknown(config)
         fields = {
             ours: config.get(theirs, default) for theirs, (ours, default) in self.config.items()
@@ -178,6 +184,15 @@ class Family:
         if self.derive is not None:
             fields |= self.derive(config)
         return fields
+
+    def _flat(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The language model's attributes among those around them, which alone tie embeddings."""
+        if self.nested is None or self.nested not in config:
+            return config
+        around = {name: value for name, value in config.items() if name != self.nested}
+        tied = config.get("tie_word_embeddings", self.ties_by_default)
+        inside = config[self.nested] or {}
+        return {**around, **inside, "tie_word_embeddings": tied}
 
     def _refuse_unknown(self, config: dict[str, Any]) -> None:
         known = {"tie_word_embeddings", *HARMLESS, *self.ignored, *self.reads}
@@ -218,6 +233,7 @@ class Family:
 
         Raises: WeightsError that lists every unknown, missing and mis-shaped tensor.
         """
+        config = self._flat(config)
         cfg = HookedTransformerConfig(**self.config_fields(config), device="cpu")
         sizes = _sizes(cfg)
         wanted = dict.fromkeys(self._wanted(config, cfg))
@@ -280,6 +296,8 @@ class Family:
             experts: Iterable[int | None] = (None,)
             if "{l}" in pattern:
                 layers = range(key.from_layer, cfg.n_layers)
+                if key.in_layer is not None:
+                    layers = [layer for layer in layers if key.in_layer(config, layer)]
             if "{e}" in pattern:
                 experts = range(cfg.num_experts or 0)
             yield from (Place(pattern, layer, expert) for layer in layers for expert in experts)
@@ -370,7 +388,9 @@ def family_of(config: dict[str, Any]) -> tuple[Family, str]:
     found = ", ".join(stated) or f"none, model_type={config.get('model_type')!r}"
     raise ConfigError(
         f"the config's architecture is {found}. fastlens can load {', '.join(sorted(known))}. "
-        f"A new one is one file in fastlens/weights/families."
+        f"Any other that transformers can load opens with hooks, caches and patching, but without "
+        f"TransformerLens' names: model = HookedModule.from_pretrained(name_or_folder), or "
+        f"HookedModule(hf_model). A new family is one file in fastlens/weights/families."
     )
 
 
@@ -391,6 +411,8 @@ def _sizes(cfg: HookedTransformerConfig) -> dict[str, int]:
         "frequencies": (cfg.rotary_dim or cfg.d_head) // 2,
         "positions": cfg.n_ctx + (0 if encoder.padding_id is None else encoder.padding_id + 1),
         "n_heads": cfg.n_heads,
+        "n_kv_heads": cfg.n_key_value_heads or cfg.n_heads,
+        "d_mlp_dense": cfg.d_mlp_dense or 0,
         "values": cfg.n_heads * (cfg.d_value or cfg.d_head),
         "nope": cfg.n_heads * (cfg.d_head - (cfg.rotary_dim or 0)),
         "rotary": cfg.rotary_dim or 0,

@@ -186,7 +186,7 @@ def _fold_norms(group: _Group, cfg: HookedTransformerConfig, fold_bias: bool, ce
     if not cfg.attn_only:
         # A parallel block without ln2 feeds both sublayers from ln1.
         norm = "ln1" if cfg.parallel_attn_mlp and "ln2.w" not in group else "ln2"
-        if cfg.num_experts:
+        if cfg.num_experts and "mlp.W_gate.weight" in group:
             _fold_into_experts(group, cfg.num_experts, norm)
         else:
             _read_past(group, norm, "mlp.W_in", "mlp.b_in", fold_bias, centre)
@@ -201,12 +201,12 @@ def _fold_norms(group: _Group, cfg: HookedTransformerConfig, fold_bias: bool, ce
 
 def _fold_into_experts(group: _Group, num_experts: int, norm: str) -> None:
     """The gain into the router and every expert; their weights are ``[out, in]``."""
-    readers = [
-        f"mlp.experts.{e}.{weight}.weight"
-        for e in range(num_experts)
-        for weight in ("W_in", "W_gate")
-    ]
-    for reader in ["mlp.W_gate.weight", *readers]:
+    experts = [f"mlp.experts.{e}" for e in range(num_experts)]
+    if "mlp.shared_expert.W_in.weight" in group:
+        experts.append("mlp.shared_expert")
+    routers = ["mlp.W_gate.weight", "mlp.W_shared_gate.weight"]
+    readers = [f"{expert}.{weight}.weight" for expert in experts for weight in ("W_in", "W_gate")]
+    for reader in [*(router for router in routers if router in group), *readers]:
         group.writable(reader).mul_(group[f"{norm}.w"])
 
 

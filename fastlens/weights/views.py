@@ -3,6 +3,11 @@
 ``nn.Linear`` weights are ``[out, in]``, which is also how our parameters lie in memory.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastlens.components import layout
@@ -74,3 +79,33 @@ def must_be_zero(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, 
             "product), so the model cannot be loaded exactly."
         )
     return ()
+
+
+def landing(
+    parameter: Tensor,
+    shape: tuple[int, ...],
+    view: Callable[..., Any],
+    cfg: HookedTransformerConfig,
+    dtype: torch.dtype | None,
+) -> Tensor | None:
+    """The parameter's own memory as a tensor of the file fills it, so that nothing is copied.
+
+    None where the parameter lies in memory otherwise, or is of another dtype.
+    """
+    if dtype != parameter.dtype or parameter.device.type not in ("cpu", "meta"):
+        return None
+    stored = torch.empty(shape, dtype=dtype, device="meta")
+    seen = view(stored, cfg)
+    same = (
+        isinstance(seen, Tensor)
+        # What is computed, and no view, has memory of its own.
+        and (seen is stored or seen._base is stored)
+        and seen.numel() == math.prod(shape)
+        and seen.shape == parameter.shape
+        and seen.stride() == parameter.stride()
+    )
+    if not same:
+        return None
+    strides = torch.empty(shape, device="meta").stride()
+    start = parameter.storage_offset() - seen.storage_offset()
+    return parameter.detach().as_strided(shape, strides, start)

@@ -15,7 +15,7 @@ def window_fields(
 
     Args:
         window: How many tokens a windowed layer sees, its own included.
-        kinds: One a layer, "full_attention" or "sliding_attention", as transformers' ``layer_types``.
+        kinds: "full_attention" or "sliding_attention" for each layer (``layer_types``).
         rotary: The fields of the rotary embedding.
 
     Raises: ConfigError for another kind of layer, for windows without a size, and for windows with

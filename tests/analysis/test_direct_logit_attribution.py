@@ -18,7 +18,7 @@ UNITS = ("component", "head", "neuron")
 
 
 def units_of(model):
-    return UNITS[:2] if model.cfg.attn_only else UNITS
+    return UNITS[:2] if model.cfg.attn_only or model.cfg.num_experts else UNITS
 
 
 def logits_before_the_cap(model, tokens, **options):
@@ -46,6 +46,11 @@ def test_shares_sum_to_the_logit(name, folded):
         assert_close_to(each.per_example.sum(1), truth, atol=1e-11, name=by)
         # Nothing was left over: the last row is the biases', which are known.
         assert last.labels["component"][-1] == "bias"
+
+
+def test_experts_have_no_neurons_that_all_tokens_pass():
+    with pytest.raises(ConfigError, match="mixtures of experts"):
+        direct_logit_attribution(ours("moe"), prompts(1, 4), 3, by="neuron")
 
 
 def test_shares_of_a_folded_model_are_the_caches():

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlens import HookedTransformer
 from fastlens.cache import ActivationCache
 from fastlens.components.norms import norm_behind
-from fastlens.errors import HookNameError, LayerError, ShapeError
+from fastlens.errors import ConfigError, HookNameError, LayerError, ShapeError
 from tests.close import assert_close_to
 from tests.configs import TINY_CONFIGS, tiny
 
@@ -44,6 +44,11 @@ def cache_of(name: str) -> ActivationCache:
     return ActivationCache(dict(held), model)
 
 
+def has_neurons(name: str) -> bool:
+    """Whether all tokens pass the same neurons: not in a mixture of experts."""
+    return not run(name)[0].cfg.num_experts
+
+
 def close(ours: Tensor, truth: Tensor) -> None:
     assert_close_to(ours, truth, atol=1e-10)
 
@@ -60,7 +65,7 @@ def test_layers_sum_to_the_stream(name):
 @every_model
 @pytest.mark.parametrize("expand", [True, False])
 def test_heads_neurons_embeddings_and_biases_sum_to_the_stream(name, expand):
-    cache = cache_of(name)
+    cache, expand = cache_of(name), expand and has_neurons(name)
     for layer in (0, 1):
         stack = cache.get_full_resid_decomposition(layer, expand_neurons=expand)
         close(stack.sum(0), cache["resid_pre", layer])
@@ -82,7 +87,9 @@ def test_parts_of_the_mlps_input_sum_to_it(name):
         place = "resid_pre" if cfg.parallel_attn_mlp else "resid_mid"
         for stack in (
             cache.decompose_resid(layer, mlp_input=True),
-            cache.get_full_resid_decomposition(layer, mlp_input=True),
+            cache.get_full_resid_decomposition(
+                layer, mlp_input=True, expand_neurons=has_neurons(name)
+            ),
             cache.get_full_resid_decomposition(layer, mlp_input=True, expand_neurons=False),
         ):
             close(stack.sum(0), cache[place, layer])
@@ -111,7 +118,9 @@ def test_normalised_parts_sum_to_what_the_layer_read(name):
             truth = truth[:, :, 0]
         for stack in (
             cache.decompose_resid(layer, mlp_input=mlp_input, apply_ln=True),
-            cache.get_full_resid_decomposition(layer, mlp_input=mlp_input, apply_ln=True),
+            cache.get_full_resid_decomposition(
+                layer, mlp_input=mlp_input, apply_ln=True, expand_neurons=has_neurons(name)
+            ),
         ):
             close(stack.sum(0), truth)
         if not mlp_input and layer > 0:
@@ -119,7 +128,7 @@ def test_normalised_parts_sum_to_what_the_layer_read(name):
                 cache.stack_head_results(layer, apply_ln=True, incl_remainder=True),
                 *(
                     [cache.stack_neuron_results(layer, apply_ln=True, incl_remainder=True)]
-                    if not cfg.attn_only
+                    if not cfg.attn_only and has_neurons(name)
                     else []
                 ),
             ):
@@ -132,7 +141,7 @@ def test_projected_parts_are_the_parts_projected(name):
     directions = torch.randn(32, 3, dtype=torch.float64)
     for mlp_input in (False, not cache.model.cfg.attn_only):
         for apply_ln in (False, True):
-            for expand in (False, True):
+            for expand in {False, has_neurons(name)}:
                 options = {"mlp_input": mlp_input, "apply_ln": apply_ln, "expand_neurons": expand}
                 whole = cache.get_full_resid_decomposition(1, **options)
                 for along in (directions, directions[:, 0]):
@@ -140,7 +149,7 @@ def test_projected_parts_are_the_parts_projected(name):
                         1, **options, project_output_onto=along
                     )
                     close(projected, whole @ along)
-    if cache.model.cfg.attn_only:
+    if cache.model.cfg.attn_only or not has_neurons(name):
         return
     for apply_ln in (False, True):
         whole = cache.stack_neuron_results(-1, apply_ln=apply_ln, incl_remainder=True)
@@ -158,7 +167,7 @@ def test_heads_and_neurons_with_the_remainder_sum_to_the_stream(name):
     close(stack.sum(0), cache["resid_post", -1])
     assert labels[-1] == "remainder" and labels[0] == "L0H0"
     close(cache.stack_head_results(0, incl_remainder=True)[0], cache["resid_pre", 0])
-    if not cache.model.cfg.attn_only:
+    if not cache.model.cfg.attn_only and has_neurons(name):
         stack, labels = cache.stack_neuron_results(1, incl_remainder=True, return_labels=True)
         close(stack.sum(0), cache["resid_pre", 1])
         assert labels[-1] == "remainder" and labels[1] == "L0N1"
@@ -178,9 +187,17 @@ def test_heads_and_their_bias_sum_to_what_attention_wrote(name):
 def test_labels_count_the_rows(name):
     cache = cache_of(name)
     for method in ("accumulated_resid", "decompose_resid", "get_full_resid_decomposition"):
+        options = {"expand_neurons": has_neurons(name)} if method.startswith("get") else {}
         for layer in (0, 1, -1):
-            stack, labels = getattr(cache, method)(layer, return_labels=True)
+            stack, labels = getattr(cache, method)(layer, return_labels=True, **options)
             assert len(stack) == len(labels) == len(set(labels))
+
+
+def test_experts_have_no_neurons_to_tell_apart():
+    cache = cache_of("moe")
+    for method in ("stack_neuron_results", "get_full_resid_decomposition"):
+        with pytest.raises(ConfigError, match="has no W_out, so it has no neurons"):
+            getattr(cache, method)(1)
 
 
 def test_positions_that_do_not_enter_the_stream_get_no_row():

@@ -27,6 +27,6 @@ def test_both_masks_say_the_same():
 
 def test_what_cannot_be_computed_is_refused():
     cfg = ours().cfg
-    cfg.use_logn_attn = True
-    with pytest.raises(ConfigError, match="log-n"):
+    cfg.load_in_4bit = True
+    with pytest.raises(ConfigError, match="4-bit"):
         BertBlock(cfg)

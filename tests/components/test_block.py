@@ -44,8 +44,6 @@ def test_a_spread_stream_is_copied_only_under_a_hook():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_logn_attn": True}, "log-n"),
-        ({"use_dynamic_ntk_rope": True}, "NTK"),
         ({"load_in_4bit": True}, "4-bit"),
         ({"positional_embedding_type": "relative_positional_bias"}, "T5"),
     ],

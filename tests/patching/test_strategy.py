@@ -24,6 +24,7 @@ ATTENTION = (
 MLP = "mlp_in mlp_out mlp_post mlp_pre"
 PLAIN = f"{ATTENTION} {MLP} attn_in resid_mid"
 GROUPED = f"{ATTENTION} {MLP} mlp_pre_linear resid_mid rot_k rot_q"
+EXPERTS = f"{ATTENTION} mlp_in mlp_out resid_mid rot_k rot_q"
 PARALLEL = f"{ATTENTION} {MLP} attn_in rot_k rot_q"
 
 # Config -> how its sweeps are run -> the sites that are run so.
@@ -48,6 +49,8 @@ GOLDEN = {
     "post_embedding_ln": {"wave": PLAIN},
     "olmo2": {"wave": GROUPED},
     "sinks": {"wave": GROUPED},
+    "moe": {"wave": EXPERTS},
+    "gpt_oss": {"wave": EXPERTS},
 }
 
 

@@ -391,7 +391,9 @@ def test_one_call_of_a_metric_sees_all_examples_of_one_run():
 # -- the model is left alone ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "post_norm", "solu_ln"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "neox", "post_norm", "solu_ln", "moe", "gpt_oss"]
+)
 def test_the_wave_calls_no_module(name, monkeypatch):
     """Packed rows reach no HookPoint, nor any module at all."""
     model = double(name)

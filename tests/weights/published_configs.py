@@ -75,6 +75,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "allenai/OLMo-7B-hf": _sizes(4096, 11008, 32, 32, vocab_size=50304),
     "allenai/OLMo-2-0425-1B": _sizes(2048, 8192, 16, 16, **_OLMO_2),
     "allenai/OLMo-2-1124-7B": _sizes(4096, 11008, 32, 32, **_OLMO_2),
+    "bigcode/santacoder": {"attention_head_type": "multiquery", "n_positions": 2048},
 }  # fmt: skip
 
 

@@ -1,12 +1,20 @@
 """Families refuse what they do not account for, all of it in one error."""
 
+from pathlib import Path
+
 import pytest
 
+from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError, WeightsError
 from fastlens.weights import family as module
-from fastlens.weights.family import FAMILIES, family_of
+from fastlens.weights.family import FAMILIES, Place, family_of
 from tests.weights.checkpoints import hf_model
 
+FAMILIES_FOLDER = Path(module.__file__).parent / "families"
+GROUPED_EXPERTS = HookedTransformerConfig(
+    d_model=8, d_head=2, n_layers=4, n_ctx=4, d_vocab=5, n_key_value_heads=2, num_experts=2,
+    experts_per_token=1, device="cpu",
+)  # fmt: skip
 LLAMA = FAMILIES.get("llama")
 GPT2 = FAMILIES.get("gpt2")
 
@@ -20,8 +28,10 @@ def shapes(case: str = "llama_grouped") -> dict[str, tuple[int, ...]]:
 
 
 def test_families_are_found_not_listed():
-    assert FAMILIES.names() == ["bert", "gpt2", "gpt_neox", "llama", "mistral", "t5"]
-    assert all(family.name == name for name, family in FAMILIES.entries.items())
+    files = {path.stem for path in FAMILIES_FOLDER.glob("[!_]*.py")}
+    assert set(FAMILIES.names()) == files >= {"bert", "gpt2", "gpt_neox", "llama", "mistral", "t5"}
+    # Named as transformers' model_type.
+    assert all(family.name.replace("-", "_") == name for name, family in FAMILIES.entries.items())
 
 
 @pytest.mark.parametrize("family", list(FAMILIES), ids=lambda family: family.name)
@@ -29,10 +39,10 @@ def test_tables_are_whole(family):
     """Every parameter has one key (or alternatives), and every switch is used."""
     for pattern, key in family.keys.items():
         if key is not None:
-            targets = key.targets(3, grouped=True)
+            targets = key.targets(Place(pattern, 3, 1), GROUPED_EXPERTS)
             layers = ("blocks.3.", "encoder.3.", "decoder.3.")
             assert ("{l}" in pattern) == all(name.startswith(layers) for name in targets)
-            assert key.when is None or key.when in family.switches
+            assert key.when is None or callable(key.when) or key.when in family.switches
     for table in family.gguf.values():
         known = {pattern.rsplit(".", 1)[0] for pattern in family.keys}
         assert {name for name in table.names.values() if name is not None} <= known
@@ -136,10 +146,10 @@ def test_groups_come_in_loading_order():
 def test_the_family_of_a_config():
     assert family_of({"architectures": ["LlamaForCausalLM"]}) == (LLAMA, "LlamaForCausalLM")
     assert family_of({"model_type": "gpt2"})[1] == "GPT2LMHeadModel"
-    with pytest.raises(ConfigError, match=r"architecture is ElectraModel\. fastlens can load "):
-        family_of({"architectures": ["ElectraModel"], "model_type": "gpt2"})
-    with pytest.raises(ConfigError, match="none, model_type='electra'"):
-        family_of({"model_type": "electra"})
+    with pytest.raises(ConfigError, match=r"is MambaModel\. fastlens can load .*HookedModule"):
+        family_of({"architectures": ["MambaModel"], "model_type": "gpt2"})
+    with pytest.raises(ConfigError, match="none, model_type='mamba'"):
+        family_of({"model_type": "mamba"})
 
 
 def test_reading_a_config_of_its_own_needs_no_transformers():
@@ -148,3 +158,41 @@ def test_reading_a_config_of_its_own_needs_no_transformers():
     for name, case in (("llama", "llama_grouped"), ("gpt2", "gpt2"), ("gpt_neox", "neox")):
         FAMILIES.get(name).config_fields(hf_model(case).config.to_diff_dict())
     assert module._default_config.cache_info().currsize == 0
+
+
+def test_tensors_of_experts_are_counted_one_by_one():
+    """As files have them, one each; as transformers has them in memory, one for all."""
+    mixtral = FAMILIES.get("mixtral")
+    sizes = dict(hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_local_experts=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, vocab_size=5)
+    stated = {**sizes, **heads, "max_position_embeddings": 4}
+    layer, moe = "model.layers.0.", "model.layers.0.block_sparse_moe."
+    shared = {
+        "model.embed_tokens.weight": (5, 8), "model.norm.weight": (8,), "lm_head.weight": (5, 8),
+        **{f"{layer}self_attn.{x}_proj.weight": (rows, 8) for x, rows in zip("qkvo", (8, 4, 4, 8),
+                                                                             strict=True)},
+        f"{layer}input_layernorm.weight": (8,), f"{layer}post_attention_layernorm.weight": (8,),
+    }  # fmt: skip
+    files = {
+        **shared, f"{moe}gate.weight": (2, 8),
+        **{f"{moe}experts.{e}.{name}.weight": (8, 6) if name == "w2" else (6, 8)
+           for e in range(2) for name in ("w1", "w2", "w3")},
+    }  # fmt: skip
+    memory = {
+        **shared, f"{layer}mlp.gate.weight": (2, 8),
+        f"{layer}mlp.experts.gate_up_proj": (2, 12, 8), f"{layer}mlp.experts.down_proj": (2, 8, 6),
+    }  # fmt: skip
+    made = []
+    for tensors in (files, memory):
+        plan = mixtral.plan(tensors, stated)
+        made.append({name for _, _, names in plan["blocks.0"] for name in names})
+    assert made[0] == made[1] and len(made[0]) == 13
+    assert "blocks.0.mlp.experts.1.W_gate.weight" in made[0]
+    first = mixtral.plan(memory, stated)["blocks.0"]
+    assert next(names for name, _, names in first if "gate_up" in name) == tuple(
+        f"blocks.0.mlp.experts.{e}.{weight}.weight" for e in (0, 1) for weight in ("W_gate", "W_in")
+    )
+    files[f"{moe}experts.2.w1.weight"] = files.pop(f"{moe}experts.1.w1.weight")
+    with pytest.raises(WeightsError, match=r"unknown: .*experts\.2\.w1.weight \[6, 8\]") as error:
+        mixtral.plan(files, stated)
+    assert "missing: model.layers.0.mlp.experts.1.gate_proj.weight" in str(error.value)

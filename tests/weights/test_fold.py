@@ -242,6 +242,7 @@ def test_a_final_rms_norm_keeps_the_mean():
 
 
 def test_experts_share_the_gain():
+    """Routers too, and the expert that all tokens pass."""
     cfg = HookedTransformerConfig(
         **tiny("llama", n_layers=1, n_key_value_heads=None, num_experts=2, experts_per_token=1)
     )
@@ -252,6 +253,8 @@ def test_experts_share_the_gain():
     for e in range(2):
         for name in ("W_in", "W_gate"):
             state[f"blocks.0.mlp.experts.{e}.{name}.weight"] = torch.randn(shape)
+            state[f"blocks.0.mlp.shared_expert.{name}.weight"] = torch.randn(shape)
+    state["blocks.0.mlp.W_shared_gate.weight"] = torch.randn(1, cfg.d_model)
     out = fold.process_state_dict(state, cfg, **ALL)
     for key in (k for k in state if ".mlp." in k):
         torch.testing.assert_close(out[key], state[key] * state["blocks.0.ln2.w"])

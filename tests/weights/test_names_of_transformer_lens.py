@@ -11,7 +11,6 @@ import torch
 
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ModelNameError
-from fastlens.weights.families.neel import FAMILY as NEEL
 from fastlens.weights.family import FAMILIES, Family
 from fastlens.weights.names import AUDIO, NOT_ON_THE_HUB, known_names, repository_of
 from tests.weights.published_configs import PUBLISHED, published
@@ -60,7 +59,6 @@ def test_what_is_not_on_the_hub():
 
 ANY = "*"
 # Name (or its beginning, or the architecture, or any) and field -> why ours is another value.
-_OWN_LENGTH = "ours is the model's own; TransformerLens cuts it to keep its masks small"
 _NOT_ARITHMETIC = "says nothing about what the model computes"
 DIFFERENT: dict[tuple[str, str], str] = {
     (ANY, "initializer_range"): _NOT_ARITHMETIC,
@@ -68,6 +66,18 @@ DIFFERENT: dict[tuple[str, str], str] = {
     (ANY, "tokenizer_prepends_bos"): "the tokenizer itself is asked",
     (ANY, "quantization_method"): "quantised weights are refused, or read from GGUF files",
     (ANY, "load_in_4bit"): "quantised weights are refused, or read from GGUF files",
+    (ANY, "tokenizer_name"): "comes from where the weights come from",
+    (ANY, "dtype"): "that of the caller, not of the file",
+    ("T5ForConditionalGeneration", "default_prepend_bos"): "T5 has no BOS; neither prepends one",
+    ("GemmaForCausalLM", "act_fn"): "transformers computes the tanh form, whatever the file says",
+}
+
+
+# Attributes of their files that TransformerLens reads, and transformers 5 keeps elsewhere.
+IN_FILES = {
+    "GPT2LMHeadModel": {"n_ctx": 1024},
+    "T5ForConditionalGeneration": {"n_positions": 512, "decoder_start_token_id": 0},
+    "PhiForCausalLM": {"partial_rotary_factor": 0.5},
 }
 
 
@@ -77,7 +87,10 @@ def transformers_config(official: str, family: Family) -> Any:
 
     stated = dict(published(official))
     config = getattr(transformers, family.config_class)(**stated)
-    config.architectures = [family.architectures[0]]
+    architecture = family.architectures[0]
+    config.architectures = [architecture]
+    for name, value in IN_FILES.get(architecture, {}).items():
+        object.__setattr__(config, name, value)
     return config
 
 
@@ -108,10 +121,10 @@ def by_transformers() -> list[str]:
     """Names whose config is transformers', one a published config and one more an architecture."""
     chosen: dict[Any, str] = {}
     for official in OFFICIAL:
-        if official in AUDIO or official in NEEL.hub_names() or "Othello" in official:
-            continue
         prefix = next((prefix for prefix in PUBLISHED if official.startswith(prefix)), None)
         family = next((f for f in FAMILIES if official in f.hub_names()), None)
+        if official in AUDIO or (family and family.config_class == "PretrainedConfig"):
+            continue  # No config of transformers; theirs are compared in the families' tests.
         chosen.setdefault(prefix or (family.name if family else official), official)
     return list(chosen.values())
 
@@ -135,4 +148,11 @@ def test_config_values(official):
         and getattr(ours, field) != getattr(theirs, field)
         and not explained(official, family.architectures[0], field)
     }
+    if not theirs.use_local_attn:
+        # A list that nothing reads, of global layers only.
+        assert set(different.pop("attn_types", (None, ["global"]))[1]) == {"global"}
+    if "n_ctx" in different:
+        # Ours is the model's own; TransformerLens cuts it to keep its masks small.
+        own, cut = different.pop("n_ctx")
+        assert own > cut and own == config.get_text_config().max_position_embeddings
     assert not different, different

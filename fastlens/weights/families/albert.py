@@ -74,11 +74,11 @@ FAMILY = replace(
     derive=_fields,
     only={**bert.FAMILY.only, "num_hidden_groups": 1, "inner_group_num": 1},
     reads=bert.FAMILY.reads | {"embedding_size"},
-    # The last four are TensorFlow's, and nobody's in PyTorch.
+    # All but dropout are TensorFlow's, and nobody's in PyTorch.
     ignored=bert.IGNORED
     | frozenset(
         """classifier_dropout_prob down_scale_factor gap_size layers_to_keep
-        net_structure_type""".split()
+        net_structure_type num_memory_blocks""".split()
     ),
     keys=KEYS,
     aliases={},

@@ -77,7 +77,7 @@ FAMILY = replace(
     # Left by the library that trained it.
     only={"qk_norm": True, "post_norm": False, "mlp_bias": False},
     switches={llama.SWITCH: False},
-    ignored=frozenset({"attention_dropout"}),
+    ignored=frozenset({"attention_dropout", "hidden_dropout"}),
     keys={**KEYS, **qwen3.QK_NORMS, **XIELU},
     aliases={
         **dict.fromkeys(("apertus-8b", "apertus"), "swiss-ai/Apertus-8B-2509"),

@@ -7,9 +7,7 @@ from fastlens.weights.families import llama
 
 
 def _derive(config: dict[str, Any]) -> dict[str, Any]:
-    return llama.heads_and_rotary(
-        {"hidden_size": 2560, "max_position_embeddings": 4096, **config}
-    )
+    return llama.heads_and_rotary({"hidden_size": 2560, "max_position_embeddings": 4096, **config})
 
 
 FAMILY = replace(

@@ -27,7 +27,8 @@ def encoder_fields(
             "not computed here. HookedEncoder takes encoders."
         )
     d_model, n_heads = (
-        config.get("hidden_size", d_model), config.get("num_attention_heads", n_heads)
+        config.get("hidden_size", d_model),
+        config.get("num_attention_heads", n_heads),
     )
     return {"d_head": d_model // n_heads, "encoder": EncoderConfig(**differences)}
 

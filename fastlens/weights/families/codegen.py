@@ -31,8 +31,8 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         raise ConfigError(
             "this config brings code of its own (auto_map), as CodeGen 2 does, whose fused weights "
-            "lie in another order. fastlens reads CodeGen 1, as transformers computes it. If this is "
-            "one, pass ignore_config_attributes=['auto_map']."
+            "lie in another order. fastlens reads CodeGen 1, as transformers computes it. If this "
+            "is one, pass ignore_config_attributes=['auto_map']."
         )
     return gptj.head_size(config)
 

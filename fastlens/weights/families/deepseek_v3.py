@@ -11,7 +11,7 @@ from fastlens.errors import ConfigError
 from fastlens.weights.families import llama
 from fastlens.weights.family import Family, Key
 from fastlens.weights.rope import ROTARY_ATTRIBUTES, rotary_fields
-from fastlens.weights.views import input_heads, output_heads, transposed
+from fastlens.weights.views import output_heads, transposed
 
 
 def attention_fields(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -26,13 +26,12 @@ def attention_fields(config: dict[str, Any], defaults: dict[str, Any]) -> dict[s
     rotary = config["qk_rope_head_dim"]
     d_head = config["qk_nope_head_dim"] + rotary
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    growth = rope.get("mscale_all_dim") or 0
-    mscale = 1.0
-    if rope.get("rope_type", rope.get("type", "default")) != "default" and rope["factor"] > 1:
-        mscale = 0.1 * growth * math.log(rope["factor"]) + 1.0
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    growth = (rope.get("mscale_all_dim") or 0) if scaled else 0
+    mscale = 0.1 * growth * math.log(max(rope["factor"], 1)) + 1.0 if growth else 1.0
     return {
         "d_head": d_head,
-        "d_value": config["v_head_dim"],
+        "d_value": config["v_head_dim"] or config["hidden_size"] // heads,
         "d_q_latent": config["q_lora_rank"],
         "d_kv_latent": config["kv_lora_rank"],
         "attn_scale": math.sqrt(d_head) / mscale**2,

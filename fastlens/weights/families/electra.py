@@ -28,9 +28,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 G, D = "generator_predictions.", "discriminator_predictions."
 KEYS: dict[str, Key | None] = {
     **{name: key for name, key in bert.BODY.items() if not name.startswith("pooler.")},
-    "embeddings_project.weight": Key(
-        "d_model d_embed", "embed.W_proj", transposed, when=_projects
-    ),
+    "embeddings_project.weight": Key("d_model d_embed", "embed.W_proj", transposed, when=_projects),
     "embeddings_project.bias": Key("d_model", "embed.b_proj", when=_projects),
     G + "dense.weight": Key("d_embed d_model", "mlm_head.W", transposed),
     G + "dense.bias": Key("d_embed", "mlm_head.b"),

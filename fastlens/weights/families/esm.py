@@ -36,6 +36,14 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 
 B, T = "encoder.layer.{l}.", "blocks.{l}."
 INV_FREQ = "attention.self.rotary_embeddings.inv_freq"
+# BERT's names but for the norms.
+KEPT = (
+    bert.S,
+    B + "attention.output.dense",
+    B + "intermediate.dense",
+    B + "output.dense",
+    "pooler.",
+)
 KEYS: dict[str, Key | None] = {
     "embeddings.word_embeddings.weight": Key("d_vocab d_model", "embed.embed.W_E"),
     "embeddings.layer_norm.weight": Key("d_model", "embed.ln.w", when=_has_norm),
@@ -49,12 +57,7 @@ KEYS: dict[str, Key | None] = {
     # With a star, as transformers 5 saves them.
     f"encoder.layer.*.{INV_FREQ}": Key("frequencies", "rotary.frequencies"),
     B + INV_FREQ: None,
-    **{
-        name: key
-        for name, key in bert.BODY.items()
-        if name.startswith((bert.S, B + "intermediate", "pooler."))
-        or name.startswith((B + "attention.output.dense", B + "output.dense"))
-    },
+    **{name: key for name, key in bert.BODY.items() if name.startswith(KEPT)},
     B + "attention.LayerNorm.weight": Key("d_model", T + "ln1.w"),
     B + "attention.LayerNorm.bias": Key("d_model", T + "ln1.b"),
     B + "LayerNorm.weight": Key("d_model", T + "ln2.w"),

@@ -18,6 +18,7 @@ def _heads(config: dict[str, Any]) -> dict[str, Any]:
 
 H, T = "h.{l}.", "blocks.{l}."
 _ROWS = "heads+kv_heads+kv_heads"
+_QKV = ("attn.{}_Q", "attn.{{kv}}{}_K", "attn.{{kv}}{}_V")
 _NORMS = {H + "ln_1": T + "ln1", H + "ln_2": T + "ln2", "ln_f": "ln_final"}
 KEYS = {
     "wte.weight": Key("d_vocab d_model", "embed.W_E"),
@@ -25,9 +26,10 @@ KEYS = {
     **{f"{theirs}.{kind}": Key("d_model", f"{ours}.{kind[0]}")
        for theirs, ours in _NORMS.items() for kind in ("weight", "bias")},
     # Queries, key and value of a group lie together: one group of all heads, or one a head.
-    **{f"{H}attn.c_attn.{kind}": Key(
-        f"{_ROWS}{columns}", tuple(f"{T}attn.{x}" for x in (f"{w}_Q", f"{{kv}}{w}_K", f"{{kv}}{w}_V")),
-        fused_qkv) for kind, w, columns in (("weight", "W", " d_model"), ("bias", "b", ""))},
+    H + "attn.c_attn.weight": Key(
+        f"{_ROWS} d_model", tuple(T + name.format("W") for name in _QKV), fused_qkv
+    ),
+    H + "attn.c_attn.bias": Key(_ROWS, tuple(T + name.format("b") for name in _QKV), fused_qkv),
     H + "attn.c_proj.weight": Key("d_model heads", T + "attn.W_O", output_heads),
     H + "attn.c_proj.bias": Key("d_model", T + "attn.b_O"),
     **dict.fromkeys(("bias", H + "attn.bias", H + "attn.masked_bias")),

@@ -93,6 +93,6 @@ FAMILY = replace(
             "experts d_model", _EXPERT + "W_out.bias", each_expert
         ),
     },
-    aliases={alias: "openai/gpt-oss-20b" for alias in ("gpt-oss-20b", "gpt-oss")},
+    aliases=dict.fromkeys(("gpt-oss-20b", "gpt-oss"), "openai/gpt-oss-20b"),
     repositories=("openai/gpt-oss-120b",),
 )

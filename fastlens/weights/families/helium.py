@@ -39,7 +39,7 @@ FAMILY = replace(
     },
     derive=_derive,
     only={},
-    ignored=frozenset({"attention_dropout"}),
+    ignored=llama.FAMILY.ignored,
     keys=llama.keys(llama.SWITCH, False, "mlp_bias"),
     aliases={},
     repositories=("kyutai/helium-1-2b", "kyutai/helium-1-preview-2b"),

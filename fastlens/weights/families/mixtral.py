@@ -75,8 +75,6 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **window_fields(window, kinds, fields)}
 
 
-_NAMES = ("Mixtral-8x7B-v0.1", "Mixtral-8x7B-Instruct-v0.1")
-
 FAMILY = replace(
     llama.FAMILY,
     name="mixtral",
@@ -104,8 +102,10 @@ FAMILY = replace(
         **expert_keys("block_sparse_moe", ("w1", "w3", "w2")),
     },
     aliases={
-        **{alias: f"mistralai/{_NAMES[0]}" for alias in ("mixtral", "mixtral-8x7b")},
-        **{f"{alias}-instruct": f"mistralai/{_NAMES[1]}" for alias in ("mixtral", "mixtral-8x7b")},
+        **dict.fromkeys(("mixtral", "mixtral-8x7b"), "mistralai/Mixtral-8x7B-v0.1"),
+        **dict.fromkeys(
+            ("mixtral-instruct", "mixtral-8x7b-instruct"), "mistralai/Mixtral-8x7B-Instruct-v0.1"
+        ),
     },
     repositories=("mistralai/Mixtral-8x22B-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
     gguf={},

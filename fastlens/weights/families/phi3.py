@@ -25,19 +25,19 @@ def _gate_and_up(tensor: Tensor, cfg: HookedTransformerConfig) -> tuple[Tensor, 
 
 
 def _derive(config: dict[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_scaling")
-    if rope and rope.get("type") in ("su", "yarn"):
-        # Its names before it had one.
-        config = {**config, "rope_scaling": {**rope, "type": "longrope"}}
-    fields = llama.heads_and_rotary(
-        {"hidden_size": 3072, "max_position_embeddings": 4096, **config},
-        fraction=config.get("partial_rotary_factor", 1.0),
-    )
+    config = {**_DEFAULTS, **config}
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
+        # What Phi-3 called LongRoPE before it had a name.
+        config["rope_scaling"] = {**rope, "rope_type": "longrope"}
+    fields = llama.heads_and_rotary(config, fraction=config.get("partial_rotary_factor", 1.0))
     window = config.get("sliding_window")
     kinds = all_windowed(window, config.get("num_hidden_layers", 32))
     return {**fields, **window_fields(window, kinds, fields)}
 
 
+_DEFAULTS = {"hidden_size": 3072, "max_position_embeddings": 4096,
+             "original_max_position_embeddings": 4096}  # fmt: skip
 T = "blocks.{l}."
 _FUSED: dict[str, Key | None] = {
     llama.A + "qkv_proj.weight": Key(
@@ -68,7 +68,8 @@ FAMILY = replace(
     reads=llama.FAMILY.reads
     | {"sliding_window", "partial_rotary_factor", "original_max_position_embeddings"},
     # Left in published configs; one value in all of them.
-    only={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+    only={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1,
+          "interpolate_factor": 1},
     switches={},
     # No dropout in eval mode.
     ignored=frozenset({"attention_dropout", "resid_pdrop", "embd_pdrop"}),
@@ -81,4 +82,4 @@ FAMILY = replace(
         "microsoft/Phi-4-mini-instruct",
     ),
     gguf={},
-)
+)  # fmt: skip

@@ -52,7 +52,8 @@ FAMILY = replace(
     config=CONFIG,
     derive=_derive,
     reads=llama.FAMILY.reads | WINDOWS,
-    only={},
+    # Rotary positions of pictures; on in no text model.
+    only={"use_mrope": False},
     switches={},
     ignored=frozenset({"attention_dropout"}),
     keys=llama.keys(qkv_bias=True),

@@ -11,6 +11,7 @@ channels, with a vocabulary of 60. Its weights are random, gains and biases too.
 import contextlib
 import copy
 import functools
+import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -208,6 +209,17 @@ class FamilyTests:
         plain = HookedTransformer.from_pretrained_no_processing(folder, verbose=False)
         for name, parameter in self.model(case, torch.float32).named_parameters():
             assert torch.equal(parameter, plain.get_parameter(name)), name
+
+    def test_saved_and_copied(self, case: str, tmp_path: Path) -> None:
+        """A folder that fastlens wrote, a pickle and a deep copy give the same logits."""
+        model, tokens = self.model(case, torch.float32), tokens_of()
+        model.save_pretrained(tmp_path)
+        saved = HookedTransformer.from_pretrained_no_processing(str(tmp_path), verbose=False)
+        with torch.no_grad():
+            want = model(tokens)
+            for one in (saved, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                # One joint product or three: the last bits differ.
+                assert_close_to(one.eval()(tokens), want, atol=TOLERANCE)
 
     def test_stream_and_gradients(self, case: str) -> None:
         """The residual stream between layers, and the loss' gradients there, are transformers'."""

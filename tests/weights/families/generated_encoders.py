@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlens.errors import ConfigError, WeightsError
+from fastlens import ActivationCache
+from fastlens.errors import ConfigError, TokenError, WeightsError
 from fastlens.hooks.root import HookedRootModule
 from fastlens.model.hooked_encoder import HookedEncoder
-from fastlens.patching import generic_activation_patch
+from fastlens.patching import generic_activation_patch, get_act_patch_resid_pre
 from fastlens.weights.family import Family
 from fastlens.weights.source import open_source
 from tests.close import assert_close_to
@@ -138,8 +139,9 @@ class EncoderTests:
         """What transformers' model gives, under the names of its own."""
         renamed = {"input_ids": given["input"], "attention_mask": given["one_zero_attention_mask"]}
         how = float64_throughout() if dtype == torch.float64 else contextlib.nullcontext()
+        model = _build(type(self), case, dtype)
         with how:
-            return _build(type(self), case, dtype)(**renamed, **kwargs)
+            return model(**renamed, **kwargs)
 
     @staticmethod
     def logits_of(output: Any) -> Tensor:
@@ -166,11 +168,26 @@ class EncoderTests:
         """Padding that nobody points out counts as text, here and there."""
         given = self.given(case, "right")
         del given["one_zero_attention_mask"]
+        theirs = _build(type(self), case, torch.float64)
         with torch.no_grad(), float64_throughout():
-            want = self.logits_of(_build(type(self), case, torch.float64)(given["input"]))
+            want = self.logits_of(theirs(given["input"]))
         with torch.no_grad():
             logits = self.model(case)(**given, return_type=self.return_type)
         assert_close_to(logits, want, atol=1e-9, name="logits")
+
+    def test_token_types(self, case: str) -> None:
+        """Second texts are read as transformers does, or refused where there are no types."""
+        model, given = self.model(case), self.given(case)
+        types = (torch.arange(N_POS) > 6).long().repeat(3, 1)
+        if model.encoder.n_token_types < 2:
+            with pytest.raises(TokenError, match="knows one type of token"):
+                model(**given, token_type_ids=types)
+            types = torch.zeros_like(types)
+            want = self.theirs(case, given, torch.float64)
+        else:
+            want = self.theirs(case, given, torch.float64, token_type_ids=types)
+        logits = model(**given, token_type_ids=types, return_type=self.return_type)
+        assert_close_to(logits, self.logits_of(want), atol=1e-9, name="logits")
 
     def test_stream_and_patterns(self, case: str) -> None:
         """Each layer's stream and attention are transformers'."""
@@ -183,7 +200,7 @@ class EncoderTests:
             )
         _, cache = model.run_with_cache(**given, return_type=self.return_type)
         for layer, pattern in enumerate(found.attentions):
-            ours = cache["pattern", layer].transpose(1, 2)[real]
+            ours = cache[f"blocks.{layer}.attn.hook_pattern"].transpose(1, 2)[real]
             assert_close_to(ours, pattern.transpose(1, 2)[real], atol=1e-9, name=f"pattern {layer}")
         for layer, state in enumerate(found.hidden_states[:-1]):
             stream = self.stream_name(model, layer)
@@ -235,6 +252,21 @@ class EncoderTests:
     def is_tied(self, case: str) -> bool:
         """Whether the unembedding is the token embedding."""
         return _build(type(self), case, torch.float32).config.tie_word_embeddings
+
+    def test_decomposition(self, case: str) -> None:
+        """What was written sums to the stream, where the stream is a sum."""
+        model, given = self.model(case), self.given(case)
+        _, cache = model.run_with_cache(**given)
+        assert isinstance(cache, ActivationCache)
+        written, labels = cache.decompose_resid(return_labels=True)
+        last = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+        is_sum = model.encoder.pre_norm
+        assert (labels[0] == "embed") == is_sum and len(labels) == 2 * model.cfg.n_layers + is_sum
+        assert torch.allclose(written.sum(0), last, rtol=0, atol=1e-9) == is_sum
+        if is_sum:
+            scaled = cache.decompose_resid(apply_ln=True).sum(0)
+            normalized = cache["ln_final.hook_normalized"]
+            assert_close_to(scaled, normalized, atol=1e-9, name="normalised")
 
     def test_hooks(self, case: str) -> None:
         """Every hook fires with the axes it names, and looking at it changes nothing."""
@@ -359,6 +391,9 @@ class EncoderTests:
                     hooks = [(f"blocks.{layer}.hook_resid_pre", patch)]
                     want = metric(model.run_with_hooks(corrupted, fwd_hooks=hooks))
                     assert_close_to(got[layer, pos], want, atol=TOLERANCE, name=f"{layer}, {pos}")
+        with torch.no_grad():
+            stream = get_act_patch_resid_pre(model, corrupted, cache, metric)
+        assert_close_to(stream, got, atol=TOLERANCE, name="get_act_patch_resid_pre")
 
     def test_every_class_loads(self, architecture: str) -> None:
         """Heads that a class lacks are absent, and its encoder is the same."""

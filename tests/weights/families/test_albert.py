@@ -59,7 +59,9 @@ def test_the_order_of_sentences():
     types = torch.tensor([[0, 0, 0, 1, 1, 1]]).repeat(2, 1)
     want = theirs(tokens, token_type_ids=types)
     model = loaded(theirs)
-    assert_close_to(BertNextSentencePrediction(model)(tokens, token_type_ids=types), want.sop_logits)
+    assert_close_to(
+        BertNextSentencePrediction(model)(tokens, token_type_ids=types), want.sop_logits
+    )
     assert_close_to(model(tokens, token_type_ids=types), want.prediction_logits)
 
 

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+
 from fastlens.errors import WeightsError
 from fastlens.weights.families.apertus import FAMILY
 from fastlens.weights.source import open_source

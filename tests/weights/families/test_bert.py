@@ -5,16 +5,28 @@ import copy
 import pytest
 import torch
 
-from fastlens.config import HookedTransformerConfig
+from fastlens.config import EncoderConfig, HookedTransformerConfig
 from fastlens.errors import ConfigError, WeightsError
 from fastlens.weights.families.bert import FAMILY
 from fastlens.weights.native import write_safetensors
 from fastlens.weights.source import open_source
 from tests.encoders import hf_bert
 from tests.weights.checkpoints import edit_config, weights_of
-from tests.weights.families.facts import check_aliases, check_defaults
+from tests.weights.families.facts import check_aliases
+from tests.weights.families.generated_encoders import TINY, EncoderTests
 
 CLASSES = ["BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertModel"]
+
+
+class TestBert(EncoderTests):
+    family = FAMILY
+    moves_with_padding = True
+    cases = {
+        "plain": TINY,
+        "relu, untied, three token types": {
+            **TINY, "hidden_act": "relu", "tie_word_embeddings": False, "type_vocab_size": 3,
+        },
+    }  # fmt: skip
 
 
 def source_of(model):
@@ -27,10 +39,6 @@ def folder_of(folder, tensors, **changes):
     edit_config(folder, **changes)
     write_safetensors(folder / "model.safetensors", tensors)
     return open_source(folder)
-
-
-def test_defaults_are_transformers():
-    check_defaults(FAMILY)
 
 
 @pytest.mark.tl
@@ -57,7 +65,7 @@ def test_config_fields():
         "d_vocab": 40, "act_fn": "gelu", "eps": 1e-12, "normalization_type": "LN",
         "positional_embedding_type": "standard", "attention_dir": "bidirectional",
         "original_architecture": "BertForPreTraining", "default_prepend_bos": True,
-        "model_name": "x", "tokenizer_name": None,
+        "model_name": "x", "tokenizer_name": None, "encoder": EncoderConfig(),
     }  # fmt: skip
     assert source_of(hf_bert()).config_fields() == wanted
     relu = source_of(hf_bert(hidden_act="relu", layer_norm_eps=1e-5)).config_fields()
@@ -129,7 +137,7 @@ def test_an_untied_decoder_has_its_own_bias(is_last, tmp_path):
     [
         ({"is_decoder": True}, "is a decoder"),
         ({"add_cross_attention": True}, "is a decoder"),
-        ({"type_vocab_size": 3}, "type_vocab_size=3"),
+        ({"pruned_heads": {"1": [2]}}, "pruned_heads"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
     ],
 )

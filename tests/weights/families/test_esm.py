@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastlens.errors import ConfigError
+from fastlens.model.hooked_encoder import HookedEncoder
 from fastlens.weights.families.esm import FAMILY
 from fastlens.weights.native import write_safetensors
 from fastlens.weights.source import open_source
@@ -15,7 +16,6 @@ from tests.weights.families.generated_encoders import (
     loaded,
     small,
 )
-from fastlens.model.hooked_encoder import HookedEncoder
 
 ESM2 = {
     **TINY, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": MASK_TOKEN,
@@ -52,7 +52,10 @@ def test_frequencies_are_the_checkpoints(is_old, tmp_path):
     theirs.esm.rotary_embeddings.inv_freq.copy_(theirs.esm.rotary_embeddings.inv_freq.half())
     theirs.save_pretrained(tmp_path)
     if is_old:
-        tensors = {**theirs.state_dict(), "esm.embeddings.position_embeddings.weight": torch.ones(64, 32)}
+        tensors = {
+            **theirs.state_dict(),
+            "esm.embeddings.position_embeddings.weight": torch.ones(64, 32),
+        }
         frequencies = tensors.pop("esm.rotary_embeddings.inv_freq")
         for layer in range(3):
             name = f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"

@@ -96,7 +96,7 @@ def test_the_parts_it_has():
     model = loaded(small(TestModernBert, "released"))
     assert "blocks.0.ln1.w" not in model.state_dict() and "blocks.1.ln1.w" in model.state_dict()
     assert "ln_final.hook_scale" in model.hook_dict
-    with pytest.raises(AttributeError, match="pos_embed"):
+    with pytest.raises(AttributeError, match="W_pos: this kind of encoder has none"):
         model.W_pos  # noqa: B018
     with pytest.raises(AttributeError, match="no sum of what its components wrote"):
         model.accumulated_bias  # noqa: B018

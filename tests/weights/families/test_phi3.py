@@ -1,11 +1,13 @@
 """Phi 3 and 4."""
 
 import pytest
+import torch
 
-from fastlens.errors import ConfigError
+from fastlens import HookedTransformer
 from fastlens.weights.families.phi3 import FAMILY
+from tests.close import assert_close_to
 from tests.weights.families.facts import check_aliases, check_same_as_transformerlens
-from tests.weights.families.generated import FamilyTests
+from tests.weights.families.generated import FamilyTests, tokens_of
 from tests.weights.families.tiny import LLAMA, random_model
 
 LONGROPE = {
@@ -34,21 +36,30 @@ def test_published_configs():
          "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047,
          "original_max_position_embeddings": 4096, "attention_bias": False}
     )  # fmt: skip
-    assert (fields["d_head"], fields["n_key_value_heads"], fields["window_size"]) == (96, None, 2047)
+    assert (fields["d_head"], fields["n_key_value_heads"], fields["window_size"]) == (
+        96,
+        None,
+        2047,
+    )
     assert (fields["rotary_dim"], fields["default_prepend_bos"]) == (96, True)
     assert FAMILY.config_fields({"partial_rotary_factor": 0.75})["rotary_dim"] == 72
 
 
-@pytest.mark.parametrize("name", ["longrope", "su"])
-def test_two_rotary_tables(name):
-    """Phi-3-mini-128k as it was published."""
-    scaling = {"type": name, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
-    stated = {"rope_scaling": scaling, "max_position_embeddings": 131072}
-    fields = FAMILY.config_fields({**stated, "original_max_position_embeddings": 4096})
-    assert fields["longrope_original_ctx_len"] == 4096 and fields["n_ctx"] == 131072
-    assert fields["longrope_attention_factor"] == pytest.approx(1.190238)
-    with pytest.raises(ConfigError, match="needs long_factor"):
-        FAMILY.config_fields({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}})
+@pytest.mark.parametrize("length", [7, 8, 9, 12])
+def test_the_length_of_a_text_chooses_its_rotary_table(length):
+    theirs = random_model(TestPhi3, "longrope")
+    model = HookedTransformer.from_pretrained_no_processing("x", hf_model=theirs, verbose=False)
+    tokens = tokens_of(2, length)
+    with torch.no_grad():
+        assert_close_to(model(tokens), theirs(tokens).logits, atol=1e-5, name="logits")
+
+
+@pytest.mark.parametrize("old", ["su", "yarn", "longrope"])
+def test_old_names_of_longrope(old):
+    scaling = {"type": old, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    fields = FAMILY.config_fields({"rope_scaling": scaling, "max_position_embeddings": 131072})
+    assert fields["longrope_original_ctx_len"] == 4096
+    assert fields["longrope_attention_factor"] == pytest.approx(1.1902, abs=1e-4)
 
 
 @pytest.mark.tl

@@ -6,6 +6,7 @@ import torch
 from fastlens.errors import ConfigError, TokenError
 from fastlens.weights.families.roberta import FAMILY
 from fastlens.weights.source import open_source
+from tests.close import assert_close_to
 from tests.weights.families.generated_encoders import TINY, EncoderTests, loaded, small
 
 
@@ -53,3 +54,36 @@ def test_others_are_refused(change, words):
         setattr(theirs.config, name, value)
     with pytest.raises(ConfigError, match=words):
         open_source("x", hf_model=theirs)
+
+
+def tokenizer(side: str):
+    """Words ``w0 w1 ...`` between ``<s>`` and ``</s>``, RoBERTa's special tokens at its ids."""
+    import tokenizers
+    import transformers
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{n}" for n in range(55))]
+    vocab = {word: n for n, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=False, add_prefix_space=False
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<pad>", mask_token="<mask>", padding_side=side,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text(side):
+    model = loaded(small(TestRoberta, "released"), tokenizer=tokenizer(side), dtype="float64")
+    logits = model(["w1 w2 <mask> w3", "w5 <mask>"])
+    assert logits.shape == (2, 6, 60)
+    mine = slice(2, 6) if side == "left" else slice(0, 4)
+    assert_close_to(logits[1, mine], model("w5 <mask>")[0])
+    tokens, types, mask = model.to_tokens(["w1 w2 <mask> w3", "w5 <mask>"])
+    assert not types.any() and mask[1].sum() == 4 and tokens[1, mine].tolist() == [0, 10, 4, 2]
+    best = model.tokenizer.decode([int(logits[1, mine][2].argmax())])
+    assert model("w5 <mask>", return_type="predictions") == best
+    assert model.to_tokens("w1 " * 50)[0].shape == (1, model.cfg.n_ctx)

@@ -1,4 +1,4 @@
-"""SantaCoder, whose code is remote: against a written reference, GPT-BigCode and TransformerLens."""
+"""SantaCoder, whose code is remote: a written reference, GPT-BigCode and TransformerLens."""
 
 from typing import Any
 
