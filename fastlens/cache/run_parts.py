@@ -167,11 +167,12 @@ class RunParts(Activations):
             return self.model.accumulated_bias(
                 layer, mlp_input=with_own_attention, include_mlp_biases=with_mlps
             )
-        with_mlps = with_mlps and not self.model.cfg.num_experts
         attentions, mlps = layer + with_own_attention, layer if with_mlps else 0
         total: Tensor | None = None
         sublayers = [(i, "ln1", self.model.blocks[i].attn.b_O) for i in range(attentions)]
-        sublayers += [(i, "ln2", self.model.blocks[i].mlp.b_out) for i in range(mlps)]
+        # What a mixture of experts adds depends on the token, its biases too.
+        mlp_biases = [getattr(self.model.blocks[i].mlp, "b_out", None) for i in range(mlps)]
+        sublayers += [(i, "ln2", bias) for i, bias in enumerate(mlp_biases) if bias is not None]
         for i, name, bias in sublayers:
             norm = self._post_norm(i, name, pos)
             through = norm.apply(bias if norm.scale is None else bias.to(norm.scale.device))
@@ -192,8 +193,9 @@ class RunParts(Activations):
         return [f"L{i}H{h}" for i in range(layers) for h in range(self.model.cfg.n_heads)]
 
     def _neuron_labels(self, layers: int, neurons: Slice) -> list[str]:
-        chosen = neurons.indices(self.model.cfg.d_mlp)
-        return [f"L{i}N{n}" for i in range(layers) for n in chosen]
+        # Dense layers beside mixtures of experts have another number of them.
+        sizes = [self._W_out(i).shape[0] for i in range(layers)]
+        return [f"L{i}N{n}" for i, size in enumerate(sizes) for n in neurons.indices(size)]
 
     def _warn_of_normalised_stream(self, method: str) -> None:
         if self._normalises_the_stream:

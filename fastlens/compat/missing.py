@@ -38,7 +38,7 @@ MISSING: dict[str, str] = {
         HookedAudioEncoder pretrained.weight_conversions.hubert
         """,
     FAMILY: """
-        components.mlps.moe components.mlps.gpt_oss_moe components.mlps.gated_mlp_4bit
+        components.mlps.gpt_oss_moe components.mlps.gated_mlp_4bit
         pretrained.weight_conversions.apertus pretrained.weight_conversions.bloom
         pretrained.weight_conversions.coder pretrained.weight_conversions.gemma
         pretrained.weight_conversions.gptj pretrained.weight_conversions.mingpt

@@ -90,6 +90,7 @@ HOMES: dict[str, str] = {
     "fastlens.components.kv_cache": """TransformerLensKeyValueCache
         TransformerLensKeyValueCacheEntry""",
     "fastlens.components.mlp": "CanBeUsedAsMLP GatedMLP MLP",
+    "fastlens.components.moe": "MoE MoEGatedMLP",
     "fastlens.components.norms": "LayerNorm LayerNormPre RMSNorm RMSNormPre",
     "fastlens.components.t5_attention": "T5Attention",
     "fastlens.components.t5_block": "T5Block",
@@ -182,6 +183,8 @@ MODULES: dict[str, str] = {
     "components.mlps.can_be_used_as_mlp": """ActivationFunction ActivationFunctionFactory
         CanBeUsedAsMLP HookPoint HookedTransformerConfig LayerNorm LayerNormPre""",
     "components.mlps.gated_mlp": "CanBeUsedAsMLP GatedMLP HookPoint HookedTransformerConfig",
+    "components.mlps.moe": """ActivationFunctionFactory CanBeUsedAsMLP HookPoint
+        HookedTransformerConfig MoE MoEGatedMLP""",
     "components.mlps.mlp": "CanBeUsedAsMLP HookPoint HookedTransformerConfig MLP batch_addmm",
     "components.pos_embed": "HookedTransformerConfig PosEmbed get_offset_position_ids",
     "components.rms_norm": "HookPoint HookedTransformerConfig RMSNorm RMSNormInput",

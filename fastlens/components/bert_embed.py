@@ -42,10 +42,9 @@ class BertEmbed(nn.Module):
     def __init__(self, cfg: HookedTransformerConfig | dict[str, Any]):
         super().__init__()
         self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
-        self.encoder = encoder = cfg.encoder or EncoderConfig()
+        encoder = self.encoder
         self.embed = of_width(Embed, cfg)
         places = ["hook_embed"]
-        self.has_positions = cfg.positional_embedding_type == "standard"
         if self.has_positions:
             counts = encoder.padding_id is not None
             self.pos_embed = of_width(CountedPosEmbed, cfg) if counts else of_width(PosEmbed, cfg)
@@ -62,6 +61,16 @@ class BertEmbed(nn.Module):
         axes = "batch pos d_model" if encoder.d_embed is None else "batch pos d_embed"
         for name in places:
             setattr(self, name, HookPoint(axes))
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        """How the encoder differs from BERT."""
+        return self.cfg.encoder or EncoderConfig()
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether positions are summands here, and not rotations of queries and keys."""
+        return self.cfg.positional_embedding_type == "standard"
 
     def forward(
         self,

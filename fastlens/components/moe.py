@@ -23,6 +23,8 @@ HIDDEN_BYTES = 32 * 2**20
 class ExpertWeight(nn.Linear):
     """An ``nn.Linear`` around a weight that is there already: drawn from no random numbers."""
 
+    weight: nn.Parameter
+
     def __init__(self, weight: Float[Tensor, "out in"], has_bias: bool = False):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
@@ -76,9 +78,9 @@ class MoEGatedMLP(nn.Module):
             # Built without memory, each layer's alone: they shall share theirs there too.
             self._join()
 
-    W_in: nn.Linear
-    W_out: nn.Linear
-    W_gate: nn.Linear
+    W_in: ExpertWeight
+    W_out: ExpertWeight
+    W_gate: ExpertWeight
     hook_gate: HookPoint
     hook_pre: HookPoint
     hook_post: HookPoint

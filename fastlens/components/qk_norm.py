@@ -5,7 +5,7 @@ import torch.nn as nn
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlens.components.norms import RMSNorm, _Norm
+from fastlens.components.norms import LayerNorm, RMSNorm, _Norm
 from fastlens.config import HookedTransformerConfig
 from fastlens.ops.norm import layer_norm
 
@@ -56,6 +56,10 @@ class HeadLayerNorm(_Norm):
 
     def __init__(self, cfg: HookedTransformerConfig, n_heads: int):
         self.n_heads = n_heads
+        if n_heads != cfg.n_heads:
+            self.AXES = {
+                name: axes.replace("head ", "kv_head ") for name, axes in self.AXES.items()
+            }
         super().__init__(cfg, cfg.d_head)
 
     def _add_gain(self) -> None:
@@ -67,6 +71,7 @@ class HeadLayerNorm(_Norm):
         return (self.w if copies == 1 else self.w.repeat_interleave(copies, 0)), None
 
     def _fused(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        assert w is not None
         return layer_norm(x, None, None, self.eps) * w
 
     def of_heads(self, x: Float[Tensor, "batch pos h d"]) -> Float[Tensor, "batch pos h d"]:
@@ -78,8 +83,22 @@ class HeadLayerNorm(_Norm):
         return self.unhooked(x)
 
 
-QKNorm = HeadRMSNorm | JoinedRMSNorm | HeadLayerNorm
-QK_NORM_CLASSES = (HeadRMSNorm, JoinedRMSNorm, HeadLayerNorm)
+class SharedLayerNorm(LayerNorm):
+    """A LayerNorm of every head, with one gain and one bias for all (Persimmon)."""
+
+    AXES = {"hook_scale": "batch pos ... one", "hook_normalized": "batch pos ... d_head"}
+
+    def of_heads(self, x: Float[Tensor, "batch pos h d"]) -> Float[Tensor, "batch pos h d"]:
+        """Queries or keys of all heads."""
+        return self(x)
+
+    def of_rows(self, x: Float[Tensor, "row h d"]) -> Float[Tensor, "row h d"]:
+        """The same for packed rows, without hooks."""
+        return self.unhooked(x)
+
+
+QKNorm = HeadRMSNorm | JoinedRMSNorm | HeadLayerNorm | SharedLayerNorm
+QK_NORM_CLASSES = (HeadRMSNorm, JoinedRMSNorm, HeadLayerNorm, SharedLayerNorm)
 
 
 def make_qk_norm(cfg: HookedTransformerConfig, n_heads: int) -> QKNorm | None:
@@ -90,4 +109,6 @@ def make_qk_norm(cfg: HookedTransformerConfig, n_heads: int) -> QKNorm | None:
         return JoinedRMSNorm(cfg, n_heads * cfg.d_head)
     if cfg.qk_norm_kind == "layer_norm":
         return HeadLayerNorm(cfg, n_heads)
+    if cfg.qk_norm_kind == "shared_layer_norm":
+        return SharedLayerNorm(cfg, cfg.d_head)
     return HeadRMSNorm(cfg, cfg.d_head)

@@ -43,7 +43,8 @@ _PLAIN = {
     *(TransformerBlock, Attention, GroupedQueryAttention, LatentAttention),
     *(MLP, GatedMLP, HookPoint, XIELU),
     *(LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, Embed, PosEmbed, Unembed),
-    *(nn.Identity, nn.ModuleList, *QK_NORM_CLASSES, MoE, GroupedRouterMoE, MoEGatedMLP, ExpertWeight),
+    *(nn.Identity, nn.ModuleList, *QK_NORM_CLASSES),
+    *(MoE, GroupedRouterMoE, MoEGatedMLP, ExpertWeight),
 }
 
 

@@ -50,8 +50,8 @@ def transformers_model(
 def described(name: str, architecture: str) -> str:
     """What hooks on a model of transformers are, in one line."""
     line = (
-        f"Loaded pretrained model {name} into HookedModule, as transformers' {architecture}: hooks, "
-        f"caches and patches at its own modules' names; without {LACKS}."
+        f"Loaded pretrained model {name} into HookedModule, as transformers' {architecture}: "
+        f"hooks, caches and patches at its own modules' names; without {LACKS}."
     )
     family = next((one for one in FAMILIES if architecture in one.architectures), None)
     if family is not None:

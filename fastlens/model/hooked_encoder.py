@@ -85,7 +85,7 @@ class HookedEncoder(RandomWeightsMixin, StackedWeights, TransformerRoot):
         self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
         if cfg.n_devices != 1:
             raise ConfigError(f"n_devices={cfg.n_devices}, but a HookedEncoder runs on one device.")
-        self.encoder = encoder = cfg.encoder or EncoderConfig()
+        encoder = self.encoder
         _check_encoder(cfg, encoder)
         if tokenizer is None and cfg.tokenizer_name is not None:
             tokenizer = named_tokenizer(cfg.tokenizer_name, cfg.trust_remote_code)
@@ -117,6 +117,11 @@ class HookedEncoder(RandomWeightsMixin, StackedWeights, TransformerRoot):
         if move_to_device:
             nn.Module.to(self, cfg.device)
         self.setup()
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        """How this encoder differs from BERT."""
+        return self.cfg.encoder or EncoderConfig()
 
     # -- text --------------------------------------------------------------------------------
 
@@ -415,7 +420,7 @@ class HookedEncoder(RandomWeightsMixin, StackedWeights, TransformerRoot):
                     f"or normalises the residual stream after every sublayer, so its logits are no "
                     f"sum of what its components wrote."
                 ) from None
-            if name in ("W_pos", "W_E_pos") or (name in HEADS and "encoder" in self.__dict__):
+            if name in ("W_pos", "W_E_pos") or (name in HEADS and "cfg" in self.__dict__):
                 raise AttributeError(
                     f"{name}: this kind of encoder has none. See cfg.encoder."
                 ) from None

@@ -185,9 +185,10 @@ class WeightsMixin(StackedWeights):
         total = torch.zeros_like(like)
         for block in blocks[:layer]:
             total = total + self._gathered(block.attn.b_O)
-            # What a mixture of experts adds depends on the token, its biases too.
-            if include_mlp_biases and not (self.cfg.attn_only or self.cfg.num_experts):
-                total = total + self._gathered(block.mlp.b_out)
+            if include_mlp_biases and not self.cfg.attn_only:
+                # What a mixture of experts adds depends on the token, its biases too.
+                b_out = getattr(block.mlp, "b_out", None)
+                total = total if b_out is None else total + self._gathered(b_out)
         return total + self._gathered(blocks[layer].attn.b_O) if mlp_input else total
 
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:

@@ -28,6 +28,7 @@ class Frame:
         is_rotary: Whether queries and keys are rotated.
         experts_width: Neurons of all experts that a row passes; 0 where there are none.
         n_experts: Experts of a layer, for each of which the router gives a row one number.
+        d_shared: Neurons of the expert that all rows pass.
     """
 
     n_layers: int
@@ -51,6 +52,7 @@ class Frame:
     is_rotary: bool = False
     experts_width: int = 0
     n_experts: int = 0
+    d_shared: int = 0
 
     @property
     def batch(self) -> int:
@@ -83,7 +85,8 @@ class Frame:
     @property
     def hidden_bytes(self) -> int:
         """Hidden activations of one row of an MLP."""
-        return self.d_mlp * (2 + self.is_gated) * self.itemsize
+        # Experts compute one after the other.
+        return max(self.d_mlp, self.d_shared) * (2 + self.is_gated) * self.itemsize
 
     def reach_of(self, rows: int) -> int:
         """Rows that attention changes if keys or values of ``rows`` change."""

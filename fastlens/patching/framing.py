@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlens.components.rotary_tables import table_rows
 from fastlens.patching.frame import Frame, NullTest
 from fastlens.patching.model import PatchableModel
+from fastlens.patching.sites import n_neurons
 from fastlens.patching.wave import Stem
 from fastlens.tokens import get_offset_position_ids
 
@@ -89,7 +90,7 @@ def frame_of(
         n_heads=cfg.n_heads,
         n_kv_heads=n_kv,
         d_head=cfg.d_head,
-        d_mlp=0 if cfg.attn_only else cfg.d_mlp,
+        d_mlp=0 if cfg.attn_only else n_neurons(cfg),
         columns=columns,
         is_causal=is_causal,
         is_parallel=cfg.parallel_attn_mlp and not cfg.attn_only,
@@ -102,6 +103,7 @@ def frame_of(
         is_rotary=cfg.positional_embedding_type == "rotary",
         experts_width=_experts_width(cfg) if n_experts else 0,
         n_experts=n_experts,
+        d_shared=getattr(cfg, "d_shared_expert", None) or 0,
     )
 
 

@@ -11,7 +11,7 @@ from fastlens.errors import SweepError, did_you_mean
 from fastlens.patching.codes import Codes, PlacedCodes, placed
 from fastlens.patching.model import PatchableModel
 from fastlens.patching.runs import FIELD_OF_AXIS, PlannedPatch, Run, Selection, chosen
-from fastlens.patching.sites import SITES, Site, find_site, n_heads
+from fastlens.patching.sites import SITES, Site, find_site, n_heads, n_neurons
 from fastlens.patching.sources import WITHOUT_WIDTH, Activations, Source
 
 Value: TypeAlias = str | int | float | Tensor | Activations
@@ -192,7 +192,7 @@ def sizes_of(site: Site, cfg: Any, n_pos: int, n_features: int = 0) -> dict[str,
     return {
         **dict.fromkeys(("pos", "query_pos", "key_pos"), n_pos),
         "head": n_heads(site, cfg),
-        "neuron": cfg.d_mlp or 0,
+        "neuron": n_neurons(cfg),
         **({"feature": n_features} if n_features else {}),
     }
 

@@ -48,11 +48,10 @@ def router_gap(model: Any, forward: Callable[[], Any]) -> RouterGap | None:
     return min(found, default=None)
 
 
-def _look(
-    found: list[RouterGap], layer: int, mlp: MoE
-) -> Callable[[nn.Module, Any, Tensor], None]:
+def _look(found: list[RouterGap], layer: int, mlp: MoE) -> Callable[[nn.Module, Any, Tensor], None]:
     def look(router: nn.Module, inputs: Any, logits: Tensor) -> None:
-        gaps = mlp.margins(logits.detach().double())
+        logits = logits.detach()
+        gaps = mlp.margins(logits.double())
         at = int(torch.argmin(gaps))
         scale = max(1.0, float(logits[at].abs().max()))
         rounding = _MANY_ROUNDINGS * torch.finfo(logits.dtype).eps * scale

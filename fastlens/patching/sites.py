@@ -218,3 +218,9 @@ def n_heads(site: Site, cfg: Any) -> int:
     if site.is_per_kv_head and not cfg.ungroup_grouped_query_attention:
         return cfg.n_key_value_heads or cfg.n_heads
     return cfg.n_heads
+
+
+def n_neurons(cfg: Any) -> int:
+    """Neurons of a layer that has such sites: beside mixtures of experts, of a dense one."""
+    dense = getattr(cfg, "d_mlp_dense", None) if getattr(cfg, "num_experts", None) else None
+    return dense or cfg.d_mlp or 0

@@ -127,8 +127,10 @@ class Family:
     ``aliases``: TransformerLens' names -> hub repositories.
     ``factors``: parameter (``{l}`` for the layer) -> what its tensor is multiplied with, as a
     function of the config: multipliers of the embedding, of what layers write, of the logits.
-    ``computed``: parameter (``{l}`` for the layer) -> the function of our config and a dtype that makes it, where a
-    checkpoint does not hold it (sinusoidal positions).
+    ``computed``: parameter (``{l}`` for the layer) -> the function of our config and a dtype
+    that makes it, where a checkpoint does not hold it (sinusoidal positions, gains of one).
+    ``layers_behind``: attributes that count layers which stand behind the model's in a checkpoint,
+    to predict further tokens; their tensors are dropped.
     ``checkpoints``: repository -> (revision pattern, steps), or None if it has no checkpoints.
     ``model_class``: the class of ours that loads it.
     ``nested``: attribute whose dict is the language model's config, in models that see images too;
@@ -158,6 +160,7 @@ class Family:
     computed: Mapping[str, Callable[[HookedTransformerConfig, torch.dtype], Tensor]] = field(
         default_factory=dict
     )
+    layers_behind: tuple[str, ...] = ()
     checkpoints: Callable[[str], tuple[str, Sequence[int]] | None] | None = None
     model_class: str = "HookedTransformer"
     nested: str | None = None
@@ -240,10 +243,13 @@ class Family:
         problems: list[str] = []
         plan: Plan = {}
         covered: set[str] = set()
+        behind = range(cfg.n_layers, cfg.n_layers + self._layers_behind(config))
         for name, shape in shapes.items():
             place = self._place(name)
             key = self.keys.get(place.pattern)
             if place.pattern in self.keys and key is None:
+                continue
+            if place.layer in behind:
                 continue
             if key is None or place not in wanted:
                 problems.append(f"unknown: {name} {list(shape)}")
@@ -267,6 +273,10 @@ class Family:
             raise WeightsError(_listing(self.name, problems))
         order = ["unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))]
         return {group: self._first_names(plan[group]) for group in order if group in plan}
+
+    def _layers_behind(self, config: dict[str, Any]) -> int:
+        """Layers that stand in the checkpoint and not in the model."""
+        return max((config.get(name) or 0 for name in self.layers_behind), default=0)
 
     def _place(self, name: str) -> Place:
         """A tensor's name without prefix and with ``{l}`` and ``{e}`` for its layer and expert."""

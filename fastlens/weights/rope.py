@@ -150,14 +150,17 @@ def rotary_fields_of_kinds(
     local = dict(stated.get("sliding_attention") or {})
     base = full.setdefault("rope_theta", config.get("rope_theta", theta))
     local.setdefault(
-        "rope_theta", config.get("rope_local_base_freq", base if local_theta is None else local_theta)
+        "rope_theta",
+        config.get("rope_local_base_freq", base if local_theta is None else local_theta),
     )
     fields = rotary_fields({"rope_parameters": full}, d_head, n_ctx)
     if "sliding_attention" not in kinds:
         return fields
     if local["rope_theta"] != base:
         fields["rotary_base_local"] = local["rope_theta"]
-    full_kind, local_kind = (rope.get("rope_type", rope.get("type", "default")) for rope in (full, local))
+    full_kind, local_kind = (
+        rope.get("rope_type", rope.get("type", "default")) for rope in (full, local)
+    )
     if local_kind == "default" and full_kind in ("default", "linear", "yarn"):
         return fields | ({"yarn_global_attn_only": True} if full_kind == "yarn" else {})
     if local == full and full_kind in ("llama3", "yarn"):

@@ -72,13 +72,17 @@ def llama_folder(tmp_path):
 def test_the_config_of_a_folder(run, run_json, llama_folder):
     code, out, _ = run("models", llama_folder, "--config")
     assert code == 0
-    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines() if line.strip()}
+    lines = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines() if line.strip()
+    }
     assert lines["Tiny-Llama"] == ""
     assert lines["architecture"] == "LlamaForCausalLM" and lines["loaded"] == "by HookedTransformer"
     assert lines["n_key_value_heads"] == "2" and lines["positional_embedding_type"] == "rotary"
     assert "device" not in lines and "window_size" not in lines
     document = run_json("models", llama_folder, "--config")
-    assert document["family"] == "llama" and document["config"]["n_layers"] == int(lines["n_layers"])
+    assert document["family"] == "llama" and document["config"]["n_layers"] == int(
+        lines["n_layers"]
+    )
 
 
 def test_the_config_of_packaged_models(run):

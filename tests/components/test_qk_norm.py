@@ -8,6 +8,7 @@ from fastlens.components.qk_norm import (
     HeadLayerNorm,
     HeadRMSNorm,
     JoinedRMSNorm,
+    SharedLayerNorm,
     make_qk_norm,
 )
 from fastlens.config import HookedTransformerConfig
@@ -16,8 +17,18 @@ from tests.close import assert_close_to
 from tests.configs import tiny
 from tests.models import ours, prompts
 
-KINDS = {"head": HeadRMSNorm, "joined": JoinedRMSNorm, "layer_norm": HeadLayerNorm}
-AXES = {"head": (24, 1), "joined": (2, 3, 1), "layer_norm": (2, 3, 4, 1)}
+KINDS = {
+    "head": HeadRMSNorm,
+    "joined": JoinedRMSNorm,
+    "layer_norm": HeadLayerNorm,
+    "shared_layer_norm": SharedLayerNorm,
+}
+AXES = {
+    "head": (24, 1),
+    "joined": (2, 3, 1),
+    "layer_norm": (2, 3, 4, 1),
+    "shared_layer_norm": (2, 3, 4, 1),
+}
 
 
 def made(kind, n_heads=4):
@@ -27,6 +38,8 @@ def made(kind, n_heads=4):
     norm = make_qk_norm(cfg, n_heads)
     with torch.no_grad():
         norm.w.normal_(1.0, 0.3)
+        if kind == "shared_layer_norm":
+            norm.b.normal_(0.0, 0.3)
     return norm
 
 
@@ -35,6 +48,8 @@ def defined(kind, norm, x):
         return F.rms_norm(x, (8,), norm.w, norm.eps)
     if kind == "joined":
         return F.rms_norm(x.flatten(2), (32,), norm.w, norm.eps).view(x.shape)
+    if kind == "shared_layer_norm":
+        return F.layer_norm(x, (8,), norm.w, norm.b, norm.eps)
     return F.layer_norm(x, (8,), eps=norm.eps) * norm.w
 
 

@@ -20,6 +20,25 @@ def test_attention_equals_the_specification():
     assert_close_to(attention(q, k, v, rule), truth, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["causal", "window"])
+def test_values_may_be_narrower_than_keys(rule):
+    q, k, v = (x.requires_grad_() for x in qkv(9, 9, 2, torch.float64, d_head=8))
+    narrow = v[..., :5]
+    want = attention(q, k, v, RULES[rule])[..., :5]
+    z, lse = attention_with_lse(q, k, narrow, RULES[rule])
+    assert z.shape[-1] == 5 and torch.equal(z, want)
+    assert torch.equal(lse, attention_with_lse(q, k, v, RULES[rule])[1])
+    assert torch.equal(attention(q, k, narrow, RULES[rule]), want)
+    inputs = (q, k, v)
+    of_narrow = torch.autograd.grad(attention(q, k, narrow, RULES[rule]).pow(2).sum(), inputs)
+    for found, expected in zip(
+        of_narrow, torch.autograd.grad(want.pow(2).sum(), inputs), strict=True
+    ):
+        assert_close_to(found, expected, atol=1e-12)
+    with pytest.raises(ShapeError, match="each key needs its value"):
+        attention(q, k, torch.cat([v, v], -1), RULES[rule])
+
+
 @pytest.mark.parametrize("n", [1, 63, 129, 1000])
 @pytest.mark.parametrize("rule", ["causal", "window", "alibi"])
 def test_odd_lengths(n, rule):

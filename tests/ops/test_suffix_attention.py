@@ -48,6 +48,13 @@ def test_it_is_its_specification(rule, is_masked):
 
 
 @each_rule
+def test_values_may_be_narrower_than_keys(rule):
+    q, k, v = qkv()
+    want = suffix_attention(q, k, v, TABLE, SPANS, rule)[..., :3]
+    assert torch.equal(suffix_attention(q, k, v[..., :3], TABLE, SPANS, rule), want)
+
+
+@each_rule
 def test_opcheck(rule):
     arguments = as_op(rule, *qkv(torch.float32), torch.ones_like(TABLE, dtype=torch.bool))
     torch.library.opcheck(torch.ops.fastlens.suffix_attention.default, arguments)

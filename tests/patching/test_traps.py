@@ -95,6 +95,47 @@ def test_attention_only_blocks():
 # -- queries, keys and values --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["moe", "gpt_oss"])
+def test_a_patch_sends_tokens_to_other_experts(name):
+    """Rows are routed anew behind a patch, alone or beside others; no site lies in the experts."""
+    model = double(name)
+    patch = Patch("resid_pre", 1, pos=2, source=noise(32))
+    clean, corrupted = pairs(2, N_POS)
+
+    def chosen(hooks):
+        seen = {}
+
+        def keep(value, hook):
+            seen["experts"] = value
+
+        name = "blocks.1.mlp.hook_expert_indices"
+        model.run_with_hooks(corrupted, fwd_hooks=[*hooks, (name, keep)])
+        return seen["experts"].view(2, N_POS, -1)
+
+    def put(resid, hook):
+        resid[:, 2] = noise(32)
+        return resid
+
+    before, after = chosen([]), chosen([("blocks.1.hook_resid_pre", put)])
+    assert not torch.equal(before[:, 2], after[:, 2])
+    assert torch.equal(before[:, :2], after[:, :2])
+    logits_of(model, [[patch], [patch, Patch("mlp_out", 1, pos=2, source=0.0)]])
+    with pytest.raises(SweepError, match="each of which sees other tokens"):
+        planned(model, clean, corrupted, [Patch("mlp_post", 1)])
+
+
+def test_dense_layers_before_mixtures_have_neurons_of_their_own():
+    model = double("moe", n_dense_layers=1, d_mlp_dense=48)
+    for options in ({"neurons": [1, 30, 47]}, {"source": noise(48)}):
+        by = ("layer", "neuron") if "neurons" in options else ("layer", "pos")
+        scores = sweep(model, *pairs(2, N_POS), sites="mlp_post", layers=[0], by=by,
+                       metric=METRIC, verify="all", **options)  # fmt: skip
+        assert scores.plan["strategy"] == WAVE
+    _, cache = model.run_with_cache(pairs(2, N_POS)[0])
+    stack, labels = cache.stack_neuron_results(1, return_labels=True)
+    assert len(stack) == len(labels) == 48
+
+
 def test_queries_and_keys_are_patched_before_qk_norm():
     """A factor on all of q is what the norm takes out again; behind it, it is not."""
     model = double("qk_norm", eps=1e-12)

@@ -1,4 +1,4 @@
-"""What the config.json of models says that TransformerLens lists by name, as far as it matters."""
+"""Config files of models TransformerLens lists, and where it reads another value from them."""
 
 from typing import Any
 
@@ -82,3 +82,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def published(name: str) -> dict[str, Any]:
     """The attributes of a name's config; empty for one that is not here."""
     return next((config for prefix, config in PUBLISHED.items() if name.startswith(prefix)), {})
+
+
+ANY = "*"
+# Name (or its beginning, or the architecture, or any) and field -> why ours is another value.
+_NOT_ARITHMETIC = "says nothing about what the model computes"
+DIFFERENT: dict[tuple[str, str], str] = {
+    (ANY, "initializer_range"): _NOT_ARITHMETIC,
+    (ANY, "trust_remote_code"): "a model's own code is never run here",
+    (ANY, "tokenizer_prepends_bos"): "the tokenizer itself is asked",
+    (ANY, "quantization_method"): "quantised weights are refused, or read from GGUF files",
+    (ANY, "load_in_4bit"): "quantised weights are refused, or read from GGUF files",
+    (ANY, "tokenizer_name"): "comes from where the weights come from",
+    (ANY, "dtype"): "that of the caller, not of the file",
+    ("T5ForConditionalGeneration", "default_prepend_bos"): "T5 has no BOS; neither prepends one",
+    ("GemmaForCausalLM", "act_fn"): "transformers computes the tanh form, whatever the file says",
+}

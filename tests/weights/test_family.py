@@ -163,9 +163,11 @@ def test_reading_a_config_of_its_own_needs_no_transformers():
 def test_tensors_of_experts_are_counted_one_by_one():
     """As files have them, one each; as transformers has them in memory, one for all."""
     mixtral = FAMILIES.get("mixtral")
-    sizes = dict(hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_local_experts=2)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, vocab_size=5)
-    stated = {**sizes, **heads, "max_position_embeddings": 4}
+    stated = {
+        "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_local_experts": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 5,
+        "max_position_embeddings": 4,
+    }  # fmt: skip
     layer, moe = "model.layers.0.", "model.layers.0.block_sparse_moe."
     shared = {
         "model.embed_tokens.weight": (5, 8), "model.norm.weight": (8,), "lm_head.weight": (5, 8),

@@ -13,7 +13,7 @@ from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ModelNameError
 from fastlens.weights.family import FAMILIES, Family
 from fastlens.weights.names import AUDIO, NOT_ON_THE_HUB, known_names, repository_of
-from tests.weights.published_configs import PUBLISHED, published
+from tests.weights.published_configs import ANY, DIFFERENT, PUBLISHED, published
 
 pytestmark = pytest.mark.tl
 
@@ -56,22 +56,6 @@ def test_what_is_not_on_the_hub():
 
 
 # -- config values --------------------------------------------------------------------------------
-
-ANY = "*"
-# Name (or its beginning, or the architecture, or any) and field -> why ours is another value.
-_NOT_ARITHMETIC = "says nothing about what the model computes"
-DIFFERENT: dict[tuple[str, str], str] = {
-    (ANY, "initializer_range"): _NOT_ARITHMETIC,
-    (ANY, "trust_remote_code"): "a model's own code is never run here",
-    (ANY, "tokenizer_prepends_bos"): "the tokenizer itself is asked",
-    (ANY, "quantization_method"): "quantised weights are refused, or read from GGUF files",
-    (ANY, "load_in_4bit"): "quantised weights are refused, or read from GGUF files",
-    (ANY, "tokenizer_name"): "comes from where the weights come from",
-    (ANY, "dtype"): "that of the caller, not of the file",
-    ("T5ForConditionalGeneration", "default_prepend_bos"): "T5 has no BOS; neither prepends one",
-    ("GemmaForCausalLM", "act_fn"): "transformers computes the tanh form, whatever the file says",
-}
-
 
 # Attributes of their files that TransformerLens reads, and transformers 5 keeps elsewhere.
 IN_FILES = {

@@ -81,10 +81,10 @@ FAMILY = replace(
         net_structure_type num_memory_blocks""".split()
     ),
     keys=KEYS,
-    aliases={},
-    repositories=tuple(
-        f"albert/albert-{size}-v{version}"
+    # What the hub called them before repositories had owners.
+    aliases={
+        f"albert-{size}-v{version}": f"albert/albert-{size}-v{version}"
         for size in ("base", "large", "xlarge", "xxlarge")
         for version in (1, 2)
-    ),
+    },
 )

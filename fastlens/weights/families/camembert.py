@@ -10,5 +10,6 @@ FAMILY = replace(
     architectures=("CamembertForMaskedLM", "CamembertModel"),
     config_class="CamembertConfig",
     config={**ROBERTA.config, "vocab_size": ("d_vocab", 30522)},
-    repositories=("almanach/camembert-base", "almanach/camembert-large"),
+    aliases={"camembert-base": "almanach/camembert-base"},
+    repositories=("almanach/camembert-large",),
 )

@@ -66,7 +66,7 @@ FAMILY = replace(
     only={},
     switches={llama.SWITCH: False, QK_NORM: False},
     # What the tokenizer was told.
-    ignored=frozenset({"attention_dropout", "model_max_length"}),
+    ignored=llama.FAMILY.ignored | {"model_max_length"},
     keys={**KEYS, **_QK_NORMS},
     aliases={},
     repositories=tuple(f"CohereForAI/{run}" for run in _RUNS),

@@ -10,7 +10,7 @@ from fastlens.weights.windows import window_fields
 def _derive(config: dict[str, Any]) -> dict[str, Any]:
     fields = cohere.heads_and_rotary(config)
     layers = config.get("num_hidden_layers", 40)
-    pattern = config.get("_sliding_window_pattern", config.get("sliding_window_pattern", 4))
+    pattern = config.get("sliding_window_pattern", 4)
     kinds = config.get("layer_types") or [
         "sliding_attention" if layer % pattern else "full_attention"
         for layer in range(1, layers + 1)

@@ -1,6 +1,8 @@
-"""DeepSeek-V3 and R1: latent attention, YaRN with its factor in the softmax too."""
+"""DeepSeek-V3 and R1: latent attention, and experts in groups behind the first layers."""
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
-from fastlens.weights.families import llama
+from fastlens.weights.families import llama, mixtral
 from fastlens.weights.family import Family, Key
 from fastlens.weights.rope import ROTARY_ATTRIBUTES, rotary_fields
 from fastlens.weights.views import output_heads, transposed
@@ -70,26 +72,42 @@ def _has_q_bias(config: dict[str, Any]) -> bool:
     return _has_q_latent(config) and bool(config.get(SWITCH, False))
 
 
-def dense_only(config: dict[str, Any], default: int) -> None:
-    """Refuse mixtures of experts, whose router is not computed here."""
-    dense, layers = config.get("first_k_dense_replace", default), config["num_hidden_layers"]
-    if dense < layers:
-        raise ConfigError(
-            f"layers {dense} to {layers - 1} of this DeepSeek are mixtures of experts with a "
-            f"grouped router, which is not computed here. HookedModule opens it with hooks."
-        )
+def first_dense(default: int) -> Callable[[dict[str, Any], int], bool]:
+    """Whether a layer is one of the first, which have no mixture."""
+    return lambda config, layer: layer < (config.get("first_k_dense_replace", default) or 0)
+
+
+def mixture_fields(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The mixtures of the layers behind the first; no such fields if all layers are dense."""
+    config = {**defaults, **config}
+    dense, d_mlp = config["first_k_dense_replace"] or 0, config["intermediate_size"]
+    if dense >= config["num_hidden_layers"]:
+        return {"d_mlp": d_mlp, "d_mlp_dense": d_mlp}
+    width = config["moe_intermediate_size"]
+    return {
+        "d_mlp": width,
+        "d_mlp_dense": d_mlp,
+        "n_dense_layers": dense,
+        "num_experts": config["n_routed_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+        "d_shared_expert": width * (config["n_shared_experts"] or 0) or None,
+        "expert_groups": config["n_group"],
+        "groups_per_token": config["topk_group"],
+        "expert_weight_scale": config["routed_scaling_factor"],
+    }
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
-    dense_only({"num_hidden_layers": 61, **config}, 3)
-    return attention_fields(config, DEFAULTS)
+    return {
+        **attention_fields(config, DEFAULTS),
+        **mixture_fields(config, DEFAULTS),
+        "router_scores": "sigmoid",
+    }
 
 
 SWITCH = "attention_bias"
 A, T = "layers.{l}.self_attn.", "blocks.{l}.attn."
-_LLAMAS = {name: key for name, key in llama.KEYS.items() if "self_attn" not in name}
-KEYS = {
-    **{name: key for name, key in _LLAMAS.items() if key is None or key.when is None},
+ATTENTION = {
     A + "q_proj.weight": Key("heads d_model", T + "W_Q", rotated_first,
                              lambda config: not _has_q_latent(config)),
     A + "q_a_proj.weight": Key("d_q_latent d_model", T + "W_QA", transposed, _has_q_latent),
@@ -106,6 +124,41 @@ KEYS = {
     A + "o_proj.weight": Key("d_model values", T + "W_O", output_heads),
     A + "o_proj.bias": Key("d_model", T + "b_O", when=SWITCH),
 }  # fmt: skip
+# Blocks that are dense throughout.
+DENSE = {name: key for name, key in llama.keys().items() if "self_attn" not in name} | ATTENTION
+_SHARED = "blocks.{l}.mlp.shared_expert."
+
+
+def mixed_keys(dense: Mapping[str, Key | None], default: int, has_bias: bool = True) -> Any:
+    """The keys of dense blocks, and of mixtures behind the first layers.
+
+    Args:
+        default: How many layers are dense if the config does not say.
+        has_bias: Whether the router has a bias for the choice.
+    """
+    is_dense = first_dense(default)
+    first = {
+        name: replace(key, axes=key.axes.replace("d_mlp", "d_mlp_dense"), in_layer=is_dense)
+        for name, key in dense.items()
+        if key is not None and name.startswith(llama.M)
+    }
+    mixtures = {
+        **mixtral.EXPERTS,
+        **{llama.M + f"shared_experts.{theirs}_proj.weight": Key(axes, f"{_SHARED}{ours}.weight")
+           for theirs, ours, axes in (("gate", "W_gate", "d_shared d_model"),
+                                      ("up", "W_in", "d_shared d_model"),
+                                      ("down", "W_out", "d_model d_shared"))},
+    }  # fmt: skip
+    if has_bias:
+        bias = Key("experts", "blocks.{l}.mlp.b_choice")
+        mixtures[llama.M + "gate.e_score_correction_bias"] = bias
+    behind = {
+        name: key and replace(key, in_layer=lambda config, layer: not is_dense(config, layer))
+        for name, key in mixtures.items()
+    }
+    return {**dense, **first, **behind}
+
+
 # transformers' defaults of what is not copied as it is.
 DEFAULTS = {
     "num_attention_heads": 128,
@@ -116,6 +169,16 @@ DEFAULTS = {
     "kv_lora_rank": 512,
     "max_position_embeddings": 4096,
     "rope_interleave": True,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
 }
 
 CONFIG = {
@@ -128,32 +191,37 @@ CONFIG = {
     "max_position_embeddings": ("n_ctx", 4096),
     "rms_norm_eps": ("eps", 1e-6),
 }
-# Of the mixtures, and of training.
-MIXTURES = """n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group
-topk_group topk_method norm_topk_prob routed_scaling_factor scoring_func moe_layer_freq
-aux_loss_alpha seq_aux ep_size output_router_logits num_experts num_local_experts
-first_k_dense_replace""".split()
+# How DeepSeek trained, and modules behind the model that predict further tokens.
+TRAINING = mixtral.TRAINING | set(
+    """attention_dropout pretraining_tp num_nextn_predict_layers num_mtp_layers aux_loss_alpha
+    seq_aux ep_size""".split()
+)
+READS = ROTARY_ATTRIBUTES | set(
+    """qk_rope_head_dim qk_nope_head_dim v_head_dim q_lora_rank kv_lora_rank rope_interleave
+    num_key_value_heads head_dim qk_head_dim""".split()
+)
+MIXTURE_READS = frozenset(
+    """intermediate_size moe_intermediate_size first_k_dense_replace n_routed_experts
+    n_shared_experts num_experts_per_tok n_group topk_group routed_scaling_factor""".split()
+)
 
 FAMILY = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
     config_class="DeepseekV3Config",
     prefix="model.",
-    config=CONFIG,
+    config={
+        **{name: ours for name, ours in CONFIG.items() if name != "intermediate_size"},
+        "norm_topk_prob": ("norm_topk_prob", True),
+    },
     fixed={"normalization_type": "RMS", "final_rms": True, "gated_mlp": True},
     derive=_fields,
     # head_dim and qk_head_dim follow from the two parts of a head.
-    reads=ROTARY_ATTRIBUTES
-    | set(
-        """qk_rope_head_dim qk_nope_head_dim v_head_dim q_lora_rank kv_lora_rank rope_interleave
-        num_key_value_heads head_dim qk_head_dim""".split()
-    ),
+    reads=READS | MIXTURE_READS,
+    only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     switches={SWITCH: False},
-    # Modules that predict further tokens stand behind the model.
-    ignored=frozenset(
-        {"attention_dropout", "pretraining_tp", "num_nextn_predict_layers", "num_mtp_layers"}
-    )
-    | set(MIXTURES),
-    keys=KEYS,
+    ignored=TRAINING,
+    keys=mixed_keys(DENSE, 3),
+    layers_behind=("num_nextn_predict_layers", "num_mtp_layers"),
     repositories=("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1"),
 )

@@ -75,10 +75,11 @@ FAMILY = Family(
         tie_weights_""".split()
     ),
     keys=KEYS,
-    repositories=tuple(
-        f"distilbert/distilbert-base-{kind}"
+    # What the hub called them before repositories had owners.
+    aliases={
+        f"distilbert-base-{kind}": f"distilbert/distilbert-base-{kind}"
         for kind in ("uncased", "cased", "multilingual-cased", "german-cased")
-    ),
+    },
     model_class="HookedEncoder",
     optional=(("mlm_head", "unembed"),),
 )

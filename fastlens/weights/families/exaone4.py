@@ -1,4 +1,4 @@
-"""EXAONE 4: norms behind the sublayers as in OLMo 2, QK-norms, and global layers without positions."""
+"""EXAONE 4: OLMo 2's norms behind the sublayers, QK-norms, global layers without positions."""
 
 from dataclasses import replace
 from typing import Any
@@ -57,9 +57,10 @@ FAMILY = replace(
     only={},
     switches={},
     # The kind of KV cache.
-    ignored=frozenset({"attention_dropout", "cache_implementation"}),
+    ignored=llama.FAMILY.ignored | {"cache_implementation"},
     keys={name: key for name, key in _ALL.items() if name != _INPUT_NORM},
     aliases={},
     repositories=("LGAI-EXAONE/EXAONE-4.0-32B", "LGAI-EXAONE/EXAONE-4.0-1.2B"),
+    default_prepend_bos=False,
     gguf={},
 )

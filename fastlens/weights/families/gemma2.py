@@ -66,7 +66,8 @@ FAMILY = replace(
         """query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window
         layer_types""".split()
     ),
-    only={"use_bidirectional_attention": False},
+    # The second name of the window is read by no code.
+    only={"use_bidirectional_attention": False, "sliding_window_size": 4096},
     # Left in published configs and read by no code; the kind of KV cache.
     ignored=frozenset({"attention_dropout", "hidden_act", "cache_implementation"}),
     keys=KEYS,

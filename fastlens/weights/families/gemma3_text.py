@@ -1,4 +1,4 @@
-"""Gemma 3 without images (270M, 1B, MedGemma 27B text): Gemma 2 with QK-norms and two rotary bases."""
+"""Gemma 3 without images (270M, 1B): Gemma 2 with QK-norms and two rotary bases."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,8 +13,7 @@ from fastlens.weights.windows import window_fields
 def _derive(config: dict[str, Any]) -> dict[str, Any]:
     config = {**_DEFAULTS, **config}
     layers = config["num_hidden_layers"]
-    pattern = config["_sliding_window_pattern"]
-    pattern = config.get("sliding_window_pattern", pattern)
+    pattern = config["sliding_window_pattern"]
     kinds = config.get("layer_types") or [
         "sliding_attention" if layer % pattern else "full_attention"
         for layer in range(1, layers + 1)
@@ -35,7 +34,7 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
 _DEFAULTS = {"num_hidden_layers": 26, "num_key_value_heads": 4, "head_dim": 256,
              "max_position_embeddings": 131072, "query_pre_attn_scalar": 256,
              "final_logit_softcapping": None, "sliding_window": 4096,
-             "_sliding_window_pattern": 6}  # fmt: skip
+             "sliding_window_pattern": 6}  # fmt: skip
 _ROTARY = {"rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"}
 _NAMES = """gemma-3-270m gemma-3-270m-it gemma-3-1b-pt gemma-3-1b-it
 medgemma-27b-text-it""".split()
@@ -52,6 +51,7 @@ FAMILY = replace(
     },
     fixed={**gemma2.FAMILY.fixed, "use_qk_norm": True},
     derive=_derive,
+    only={"use_bidirectional_attention": False},
     reads=frozenset(
         """head_dim num_key_value_heads query_pre_attn_scalar final_logit_softcapping sliding_window
         sliding_window_pattern layer_types""".split()

@@ -36,7 +36,6 @@ FAMILY = replace(
     reads=llama.FAMILY.reads | {"partial_rotary_factor"},
     only={},
     switches={llama.SWITCH: True},
-    ignored=frozenset({"attention_dropout"}),
     keys=KEYS,
     aliases={},
     repositories=("THUDM/glm-4-9b-hf", "THUDM/glm-4-9b-chat-hf", "THUDM/glm-edge-1.5b-chat"),

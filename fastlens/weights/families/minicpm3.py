@@ -53,10 +53,11 @@ FAMILY = replace(
     },
     derive=_fields,
     ties_by_default=True,
-    reads=(deepseek_v3.FAMILY.reads - {"rope_interleave"})
+    reads=(deepseek_v3.READS - {"rope_interleave"})
     | {"scale_emb", "scale_depth", "dim_model_base"},
     only={"mlp_bias": False},
     ignored=frozenset({"attention_dropout", "pretraining_tp"}),
+    keys=deepseek_v3.DENSE,
     factors={
         "embed.W_E": lambda config: config.get("scale_emb", 12),
         **{f"blocks.{{l}}.{writer}": _into_stream for writer in _WRITERS},

@@ -35,7 +35,6 @@ FAMILY = replace(
     derive=_derive,
     only={},
     switches={llama.SWITCH: False},
-    ignored=frozenset({"attention_dropout"}),
     keys={
         name: key
         for name, key in llama.keys(llama.SWITCH, llama.SWITCH).items()

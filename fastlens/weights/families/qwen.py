@@ -34,7 +34,8 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         # Beyond it log-n attention and dynamic NTK begin: texts that long are refused.
-        **{"n_ctx": length, "train_seq_length": length},
+        "n_ctx": length,
+        "train_seq_length": length,
         "d_head": d_head,
         "d_mlp": config.get("intermediate_size", 22016) // 2,
         **rotary,

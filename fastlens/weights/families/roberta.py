@@ -9,13 +9,17 @@ from fastlens.weights.family import Key
 from fastlens.weights.views import transposed
 
 
-def _fields(config: dict[str, Any]) -> dict[str, Any]:
+def fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Head size, positions and `EncoderConfig`.
+
+    Raises: ConfigError without a padding token, from which positions are counted.
+    """
     padding = config.get("pad_token_id", 1)
     if padding is None:
         raise ConfigError(
             "pad_token_id is null in the config, but positions are counted from it. RoBERTa's is 1."
         )
-    fields = bert.encoder_fields(
+    like_bert = bert.encoder_fields(
         config,
         n_token_types=config.get("type_vocab_size", 2),
         padding_id=padding,
@@ -25,7 +29,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     )
     # Rows of the position table, of which those up to the padding token's stand for no position.
     rows = config.get("max_position_embeddings", 512)
-    return {**fields, "n_ctx": rows - padding - 1}
+    return {**like_bert, "n_ctx": rows - padding - 1}
 
 
 KEYS: dict[str, Key | None] = {
@@ -53,14 +57,14 @@ FAMILY = replace(
         },
         "vocab_size": ("d_vocab", 50265),
     },
-    derive=_fields,
+    derive=fields,
     reads=bert.FAMILY.reads | {"max_position_embeddings"},
     keys=KEYS,
-    aliases={},
-    repositories=(
-        "FacebookAI/roberta-base",
-        "FacebookAI/roberta-large",
-        "distilbert/distilroberta-base",
-    ),
+    # What the hub called them before repositories had owners.
+    aliases={
+        "roberta-base": "FacebookAI/roberta-base",
+        "roberta-large": "FacebookAI/roberta-large",
+        "distilroberta-base": "distilbert/distilroberta-base",
+    },
     optional=(("mlm_head", "unembed"), ("pooler",)),
 )

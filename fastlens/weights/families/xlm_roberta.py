@@ -10,5 +10,5 @@ FAMILY = replace(
     architectures=("XLMRobertaForMaskedLM", "XLMRobertaModel"),
     config_class="XLMRobertaConfig",
     config={**ROBERTA.config, "vocab_size": ("d_vocab", 30522)},
-    repositories=("FacebookAI/xlm-roberta-base", "FacebookAI/xlm-roberta-large"),
+    aliases={f"xlm-roberta-{size}": f"FacebookAI/xlm-roberta-{size}" for size in ("base", "large")},
 )

@@ -32,6 +32,9 @@ FAMILY = replace(
     },
     derive=_fields,
     ties_by_default=True,
+    reads=deepseek_v3.READS,
+    only={},
     ignored=frozenset({"attention_dropout", "embedding_initializer_range"}),
+    keys=deepseek_v3.DENSE,
     repositories=("tencent/Youtu-LLM-2B", "tencent/Youtu-LLM-2B-Base"),
 )

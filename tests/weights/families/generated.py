@@ -60,6 +60,9 @@ def float64_throughout() -> Iterator[None]:
         args = tuple(wide(arg) for arg in args)
         return real["to"](self, *args, **{key: wide(value) for key, value in kwargs.items()})
 
+    def as_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return real["type"](self, *(wide(arg) for arg in args), **kwargs)
+
     def widened(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             return function(*args, **{key: wide(value) for key, value in kwargs.items()})
@@ -69,6 +72,7 @@ def float64_throughout() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for owner, name, new in (
             (Tensor, "to", to),
+            (Tensor, "type", as_type),
             (Tensor, "float", lambda self: real["to"](self, torch.float64)),
             (Tensor, "softmax", widened(tensor_softmax)),
             (F, "softmax", widened(softmax)),

@@ -1,6 +1,8 @@
 """Gemma."""
 
 import pytest
+import torch
+from torch import Tensor
 
 from fastlens.errors import ConfigError
 from fastlens.weights.families.gemma import FAMILY
@@ -11,7 +13,17 @@ from tests.weights.families.tiny import LLAMA, YARN, random_model
 GEMMA = {**LLAMA, "head_dim": 12}
 
 
-class TestGemma(FamilyTests):
+class GemmaTests(FamilyTests):
+    """Gains are stored as their difference from one, so they are drawn around zero."""
+
+    @classmethod
+    def randomise(cls, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        super().randomise(name, parameter, generator)
+        if name.endswith("norm.weight"):
+            parameter.sub_(1.0)
+
+
+class TestGemma(GemmaTests):
     family = FAMILY
     cases = {
         "single": {**GEMMA, "num_key_value_heads": 1},
@@ -46,6 +58,6 @@ def test_aliases_are_transformerlens():
 @pytest.mark.tl
 @pytest.mark.parametrize("case", ["single", "full", "grouped"])
 def test_weights_are_transformerlens(case):
-    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     check_same_as_transformerlens(random_model(TestGemma, case), convert_gemma_weights)

@@ -5,7 +5,7 @@ import pytest
 from fastlens.errors import ConfigError
 from fastlens.weights.families.gemma2 import FAMILY
 from tests.weights.families.facts import check_aliases, check_same_as_transformerlens
-from tests.weights.families.generated import FamilyTests
+from tests.weights.families.test_gemma import GemmaTests
 from tests.weights.families.tiny import LLAMA, random_model
 
 # Caps that bite at the scores and logits of a tiny model.
@@ -15,7 +15,7 @@ GEMMA2 = {
 }  # fmt: skip
 
 
-class TestGemma2(FamilyTests):
+class TestGemma2(GemmaTests):
     family = FAMILY
     cases = {
         "grouped": GEMMA2,
@@ -54,6 +54,6 @@ def test_aliases_are_transformerlens():
 @pytest.mark.tl
 @pytest.mark.parametrize("case", ["grouped", "full"])
 def test_weights_are_transformerlens(case):
-    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     check_same_as_transformerlens(random_model(TestGemma2, case), convert_gemma_weights)

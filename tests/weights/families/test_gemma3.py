@@ -9,7 +9,8 @@ from fastlens import HookedTransformer
 from fastlens.errors import ConfigError
 from fastlens.weights.families.gemma3 import FAMILY
 from tests.weights.families.facts import check_aliases, check_same_as_transformerlens
-from tests.weights.families.generated import FamilyTests, tokens_of
+from tests.weights.families.generated import tokens_of
+from tests.weights.families.test_gemma import GemmaTests
 from tests.weights.families.test_gemma3_text import GEMMA3
 from tests.weights.families.tiny import random_model
 
@@ -19,7 +20,7 @@ VISION = {
 }  # fmt: skip
 
 
-class TestGemma3(FamilyTests):
+class TestGemma3(GemmaTests):
     family = FAMILY
     cases = {"grouped": GEMMA3, "untied": {**GEMMA3, "tie_word_embeddings": False}}
 
@@ -97,6 +98,6 @@ def test_aliases_are_transformerlens():
 @pytest.mark.tl
 @pytest.mark.parametrize("case", ["grouped", "untied"])
 def test_weights_are_transformerlens(case):
-    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     check_same_as_transformerlens(random_model(TestGemma3, case), convert_gemma_weights)

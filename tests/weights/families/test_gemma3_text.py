@@ -5,7 +5,7 @@ import pytest
 from fastlens.errors import ConfigError
 from fastlens.weights.families.gemma3_text import FAMILY
 from tests.weights.families.facts import check_aliases, check_same_as_transformerlens
-from tests.weights.families.generated import FamilyTests
+from tests.weights.families.test_gemma import GemmaTests
 from tests.weights.families.tiny import LLAMA, YARN, random_model
 
 LINEAR = {
@@ -18,7 +18,7 @@ GEMMA3 = {
 }  # fmt: skip
 
 
-class TestGemma3Text(FamilyTests):
+class TestGemma3Text(GemmaTests):
     family = FAMILY
     cases = {
         "grouped": GEMMA3,
@@ -71,6 +71,6 @@ def test_aliases_are_transformerlens():
 @pytest.mark.tl
 @pytest.mark.parametrize("case", ["grouped", "full"])
 def test_weights_are_transformerlens(case):
-    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     check_same_as_transformerlens(random_model(TestGemma3Text, case), convert_gemma_weights)

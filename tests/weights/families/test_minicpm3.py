@@ -7,7 +7,7 @@ import pytest
 from fastlens.errors import ConfigError
 from fastlens.weights.families.minicpm3 import FAMILY
 from tests.weights.families.generated import FamilyTests
-from tests.weights.families.test_deepseek_v3 import TINY
+from tests.weights.families.test_deepseek_v3 import DENSE as TINY
 
 MINICPM3 = {name: value for name, value in TINY.items() if name != "first_k_dense_replace"}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.5],

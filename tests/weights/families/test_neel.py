@@ -14,6 +14,7 @@ from tests.weights.families.facts import check_aliases
 from tests.weights.families.generated import tokens_of
 from tests.weights.toys import RUN, SIZES, random_weights, save_toy
 
+CONFIG = {**SIZES, **RUN}
 CASES = {
     "solu": {},
     "gelu": {"act_fn": "gelu"},
@@ -28,7 +29,7 @@ CASES = {
 
 
 def config_of(case: str) -> dict:
-    return {**SIZES, **RUN, **CASES[case]}
+    return {**CONFIG, **CASES[case]}
 
 
 def as_transformer_lens_loads_it(config: dict, weights: dict, old: bool = False):

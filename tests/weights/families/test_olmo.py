@@ -34,6 +34,6 @@ def test_aliases_are_transformerlens():
 @pytest.mark.tl
 @pytest.mark.parametrize("case", ["full", "clipped"])
 def test_weights_are_transformerlens(case):
-    from transformer_lens.pretrained.weight_conversions import convert_olmo_weights
+    from transformer_lens.pretrained.weight_conversions.olmo import convert_olmo_weights
 
     check_same_as_transformerlens(random_model(TestOlmo, case), convert_olmo_weights)

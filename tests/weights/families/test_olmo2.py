@@ -25,6 +25,6 @@ def test_aliases_are_transformerlens():
 
 @pytest.mark.tl
 def test_weights_are_transformerlens():
-    from transformer_lens.pretrained.weight_conversions import convert_olmo2_weights
+    from transformer_lens.pretrained.weight_conversions.olmo2 import convert_olmo2_weights
 
     check_same_as_transformerlens(random_model(TestOlmo2, "full"), convert_olmo2_weights)

@@ -58,6 +58,6 @@ def test_aliases_are_transformerlens():
 @pytest.mark.tl
 @pytest.mark.parametrize("case", ["grouped", "full", "alike"])
 def test_weights_are_transformerlens(case):
-    from transformer_lens.pretrained.weight_conversions import convert_olmo3_weights
+    from transformer_lens.pretrained.weight_conversions.olmo3 import convert_olmo3_weights
 
     check_same_as_transformerlens(random_model(TestOlmo3, case), convert_olmo3_weights)

@@ -110,7 +110,13 @@ def test_logits_and_config_are_transformer_lens(folder):
         folded = HookedTransformer.from_pretrained(folder, verbose=False)(tokens_of())
         assert_close_to(folded.log_softmax(-1), want.log_softmax(-1), atol=2e-5, name="log p")
     for name, value in fields.items():
-        if name in ("dtype", "init_weights", "initializer_range", "tokenizer_prepends_bos", "trust_remote_code"):
+        if name in (
+            "dtype",
+            "init_weights",
+            "initializer_range",
+            "tokenizer_prepends_bos",
+            "trust_remote_code",
+        ):
             continue
         assert getattr(ours.cfg, name) == value, name
 

@@ -2,7 +2,7 @@
 
 from fastlens.weights.families.youtu import FAMILY
 from tests.weights.families.generated import FamilyTests
-from tests.weights.families.test_deepseek_v3 import TINY
+from tests.weights.families.test_deepseek_v3 import DENSE as TINY
 
 YOUTU = {name: value for name, value in TINY.items() if name != "first_k_dense_replace"}
 
