@@ -61,9 +61,9 @@ def models_of(name: str, is_tiny: bool) -> tuple[Any, HookedTransformer]:
     config_class, sizes = SHAPES[name]
     sizes = {**sizes, **(TINY if is_tiny else {})}
     torch.manual_seed(0)
-    hf = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, config_class)(**sizes), attn_implementation="sdpa"
-    ).eval()
+    # transformers' default attention: SDPA, but for Gemma 2, whose soft-caps it cannot do.
+    config = getattr(transformers, config_class)(**sizes)
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
     ours = HookedTransformer.from_pretrained_no_processing(name, hf_model=hf, verbose=False)
     return hf, ours.eval()
 

@@ -39,17 +39,7 @@ MISSING: dict[str, str] = {
         """,
     FAMILY: """
         components.mlps.gpt_oss_moe components.mlps.gated_mlp_4bit
-        pretrained.weight_conversions.apertus pretrained.weight_conversions.bloom
-        pretrained.weight_conversions.coder pretrained.weight_conversions.gemma
-        pretrained.weight_conversions.gptj pretrained.weight_conversions.mingpt
-        pretrained.weight_conversions.mixtral pretrained.weight_conversions.nanogpt
-        pretrained.weight_conversions.neel_solu_old pretrained.weight_conversions.neo
-        pretrained.weight_conversions.olmo pretrained.weight_conversions.olmo2
-        pretrained.weight_conversions.olmo3 pretrained.weight_conversions.olmoe
-        pretrained.weight_conversions.openai pretrained.weight_conversions.opt
-        pretrained.weight_conversions.phi pretrained.weight_conversions.phi3
-        pretrained.weight_conversions.qwen pretrained.weight_conversions.qwen2
-        pretrained.weight_conversions.qwen3 loading_from_pretrained.convert_neel_model_config
+        loading_from_pretrained.convert_neel_model_config
         """,
     HUB: """
         HookedTransformer.HookedTransformer.load_sample_training_dataset

@@ -77,8 +77,16 @@ HOMES: dict[str, str] = {
         get_input_with_manually_prepended_bos get_tokenizer_with_bos get_tokens_with_bos_removed
         tokenize_and_concatenate""",
     "fastlens.compat.utilities.typed_module_list": "TypedModuleList",
-    "fastlens.compat.weight_conversions": """convert_bert_weights convert_gpt2_weights
-        convert_llama_weights convert_mistral_weights convert_neox_weights convert_t5_weights""",
+    "fastlens.compat.weight_conversions": """
+        convert_apertus_weights convert_bert_weights convert_bloom_weights convert_coder_weights
+        convert_gemma_weights convert_gpt2_weights convert_gpt_oss_weights convert_gptj_weights
+        convert_llama_weights convert_mingpt_weights convert_mistral_weights
+        convert_mixtral_weights convert_nanogpt_weights convert_neel_solu_old_weights
+        convert_neo_weights convert_neox_weights convert_olmo_weights convert_olmo2_weights
+        convert_olmo3_weights convert_olmoe_weights convert_opt_weights convert_phi_weights
+        convert_phi3_weights convert_qwen_weights convert_qwen2_weights convert_qwen3_weights
+        convert_t5_weights
+        """,
     "fastlens.components.attention": "AbstractAttention Attention GroupedQueryAttention",
     "fastlens.components.bert_block": "BertBlock",
     "fastlens.components.bert_embed": "BertEmbed",
@@ -161,7 +169,7 @@ MODULES: dict[str, str] = {
         TransformerLensKeyValueCacheEntry get_device_for_block_index""",
     "cache.key_value_cache_entry": "TransformerLensConfig TransformerLensKeyValueCacheEntry",
     "components": """AbstractAttention Attention BertBlock BertEmbed BertMLMHead BertNSPHead
-        BertPooler Embed GatedMLP GroupedQueryAttention LayerNorm LayerNormPre MLP PosEmbed
+        BertPooler Embed GatedMLP GroupedQueryAttention LayerNorm LayerNormPre MLP MoE PosEmbed
         RMSNorm RMSNormPre T5Attention T5Block TokenTypeEmbed TransformerBlock Unembed""",
     "components.abstract_attention": """AbstractAttention FactoredMatrix HookPoint
         HookedTransformerConfig RMSNorm TransformerLensKeyValueCacheEntry apply_softcap
@@ -208,7 +216,8 @@ MODULES: dict[str, str] = {
     "factories": "",
     "factories.activation_function_factory": """ActivationFunction ActivationFunctionFactory
         HookedTransformerConfig SUPPORTED_ACTIVATIONS XIELU""",
-    "factories.mlp_factory": "CanBeUsedAsMLP GatedMLP HookedTransformerConfig MLP MLPFactory",
+    "factories.mlp_factory": """CanBeUsedAsMLP GatedMLP HookedTransformerConfig MLP MLPFactory
+        MoE""",
     "head_detector": """ActivationCache CACHE_WITH_SEQ_LIST_ERR DET_PAT_NOT_SQUARE_ERR
         ErrorMeasure HEAD_NAMES HeadName HookedTransformer INVALID_HEAD_NAME_ERR LayerHeadTuple
         LayerToHead SEQ_LEN_ERR compute_head_attention_similarity_score detect_head
@@ -241,13 +250,42 @@ MODULES: dict[str, str] = {
         layer_head_vector_patch_setter layer_pos_head_vector_patch_setter layer_pos_patch_setter
         make_df_from_ranges""",
     "pretrained": "",
-    "pretrained.weight_conversions": """convert_bert_weights convert_gpt2_weights
-        convert_llama_weights convert_mistral_weights convert_neox_weights convert_t5_weights""",
+    "pretrained.weight_conversions": """
+        convert_apertus_weights convert_bert_weights convert_bloom_weights convert_coder_weights
+        convert_gemma_weights convert_gpt2_weights convert_gpt_oss_weights convert_gptj_weights
+        convert_llama_weights convert_mingpt_weights convert_mistral_weights
+        convert_mixtral_weights convert_nanogpt_weights convert_neel_solu_old_weights
+        convert_neo_weights convert_neox_weights convert_olmo_weights convert_olmo2_weights
+        convert_olmo3_weights convert_olmoe_weights convert_opt_weights convert_phi_weights
+        convert_phi3_weights convert_qwen_weights convert_qwen2_weights convert_qwen3_weights
+        convert_t5_weights
+        """,
+    "pretrained.weight_conversions.apertus": "HookedTransformerConfig convert_apertus_weights",
     "pretrained.weight_conversions.bert": "HookedTransformerConfig convert_bert_weights",
+    "pretrained.weight_conversions.bloom": "HookedTransformerConfig convert_bloom_weights",
+    "pretrained.weight_conversions.coder": "HookedTransformerConfig convert_coder_weights",
+    "pretrained.weight_conversions.gemma": "HookedTransformerConfig convert_gemma_weights",
     "pretrained.weight_conversions.gpt2": "HookedTransformerConfig convert_gpt2_weights",
+    "pretrained.weight_conversions.openai": "HookedTransformerConfig convert_gpt_oss_weights",
+    "pretrained.weight_conversions.gptj": "HookedTransformerConfig convert_gptj_weights",
     "pretrained.weight_conversions.llama": "HookedTransformerConfig convert_llama_weights",
+    "pretrained.weight_conversions.mingpt": "HookedTransformerConfig convert_mingpt_weights",
     "pretrained.weight_conversions.mistral": "HookedTransformerConfig convert_mistral_weights",
+    "pretrained.weight_conversions.mixtral": "HookedTransformerConfig convert_mixtral_weights",
+    "pretrained.weight_conversions.nanogpt": "HookedTransformerConfig convert_nanogpt_weights",
+    "pretrained.weight_conversions.neel_solu_old": "HookedTransformerConfig convert_neel_solu_old_weights",
+    "pretrained.weight_conversions.neo": "HookedTransformerConfig convert_neo_weights",
     "pretrained.weight_conversions.neox": "HookedTransformerConfig convert_neox_weights",
+    "pretrained.weight_conversions.olmo": "HookedTransformerConfig convert_olmo_weights",
+    "pretrained.weight_conversions.olmo2": "HookedTransformerConfig convert_olmo2_weights",
+    "pretrained.weight_conversions.olmo3": "HookedTransformerConfig convert_olmo3_weights",
+    "pretrained.weight_conversions.olmoe": "HookedTransformerConfig convert_olmoe_weights",
+    "pretrained.weight_conversions.opt": "HookedTransformerConfig convert_opt_weights",
+    "pretrained.weight_conversions.phi": "HookedTransformerConfig convert_phi_weights",
+    "pretrained.weight_conversions.phi3": "HookedTransformerConfig convert_phi3_weights",
+    "pretrained.weight_conversions.qwen": "HookedTransformerConfig convert_qwen_weights",
+    "pretrained.weight_conversions.qwen2": "HookedTransformerConfig convert_qwen2_weights",
+    "pretrained.weight_conversions.qwen3": "HookedTransformerConfig convert_qwen3_weights",
     "pretrained.weight_conversions.t5": "HookedTransformerConfig convert_t5_weights",
     "supported_models": "DEFAULT_MODEL_ALIASES MODEL_ALIASES OFFICIAL_MODEL_NAMES",
     "tools": "",

@@ -6,6 +6,7 @@ import torch
 from fastlens import FactoredMatrix, HookedTransformerConfig
 from fastlens.compat.components import ActivationFunctionFactory, MLPFactory, TensorLike
 from fastlens.components.mlp import MLP, GatedMLP
+from fastlens.components.moe import MoE
 from fastlens.components.xielu import XIELU
 from fastlens.errors import ConfigError
 from tests.configs import tiny
@@ -14,6 +15,7 @@ from tests.configs import tiny
 def test_factories_give_our_parts():
     assert type(MLPFactory.create_mlp(HookedTransformerConfig(**tiny("gpt2")))) is MLP
     assert type(MLPFactory.create_mlp(HookedTransformerConfig(**tiny("llama")))) is GatedMLP
+    assert type(MLPFactory.create_mlp(HookedTransformerConfig(**tiny("moe")))) is MoE
     cfg = HookedTransformerConfig(**tiny("gpt2", act_fn="xielu"))
     assert isinstance(ActivationFunctionFactory.pick_activation_function(cfg), XIELU)
     cfg.act_fn = "gelo"

@@ -36,6 +36,10 @@ def _attend(attn, lens):
     return attn(lens.residual, lens.residual, lens.residual)
 
 
+def _one_expert(expert, lens):
+    return expert(lens.residual[0])
+
+
 def _attention(use, model: str = "gpt2", kind: str = "Attention", **changes):
     return _part(kind, "global", 0, model=model, use=use, **changes)
 
@@ -177,6 +181,14 @@ CALLS = {
     "components.mlps.mlp.MLP": {"forward": _part("MLP")},
     "components.mlps.gated_mlp": {"GatedMLP": _part("GatedMLP", model="llama")},
     "components.mlps.gated_mlp.GatedMLP": {"forward": _part("GatedMLP", model="llama")},
+    "components.mlps.moe": {
+        "MoE": _part("MoE", model="moe"),
+        "MoEGatedMLP": _part("mlps.moe.MoEGatedMLP", model="moe", use=_one_expert),
+    },
+    "components.mlps.moe.MoE": {"forward": _part("MoE", model="moe")},
+    "components.mlps.moe.MoEGatedMLP": {
+        "forward": _part("mlps.moe.MoEGatedMLP", model="moe", use=_one_expert),
+    },
     "components.transformer_block": {"TransformerBlock": _part("TransformerBlock", 0)},
     "components.transformer_block.TransformerBlock": {
         "forward": _part("TransformerBlock", 0),
