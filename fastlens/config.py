@@ -286,6 +286,8 @@ class HookedTransformerConfig:
             raise ConfigError(
                 f"rotary_layers has {len(self.rotary_layers)} entries for {self.n_layers} layers."
             )
+        if self.longrope_short_factor is not None or self.longrope_long_factor is not None:
+            self._check_longrope()
         if not self.attn_only:
             self._check_one_of("act_fn", ACTIVATIONS)
         groups = self.n_key_value_heads
@@ -312,6 +314,23 @@ class HookedTransformerConfig:
             raise ConfigError(
                 f"n_devices={self.n_devices} spreads layers over that many GPUs, and there are "
                 f"{torch.cuda.device_count()}. Leave n_devices=1."
+            )
+
+    def _check_longrope(self) -> None:
+        n = (self.rotary_dim or 0) // 2
+        short, long = (
+            None if factors is None else len(factors)
+            for factors in (self.longrope_short_factor, self.longrope_long_factor)
+        )
+        if (short, long) != (n, n):
+            raise ConfigError(
+                f"longrope_short_factor has {short} entries and longrope_long_factor {long}: give "
+                f"both, one number for each of the {n} rotary frequencies (rotary_dim / 2)."
+            )
+        if self.use_NTK_by_parts_rope or self.use_yarn_rope or self.rotary_scaling_factor != 1.0:
+            raise ConfigError(
+                "longrope_short_factor was given beside another scaling of rotary frequencies "
+                "(use_NTK_by_parts_rope, use_yarn_rope or rotary_scaling_factor). Give one of them."
             )
 
     def _check_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:

@@ -1,6 +1,6 @@
 """`path_patching`: what each head passes to chosen later heads, or straight to the logits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlens.components.latent_attention import LatentAttention
 from fastlens.components.norms import norm_behind
-from fastlens.components.rows import mlp_output, output_of_heads, read, written
+from fastlens.components.rows import mlp_output, output_of_heads, projections, read, written
 from fastlens.decompose import head_results
 from fastlens.errors import SweepError, did_you_mean
 from fastlens.memory import bytes_of
@@ -373,6 +374,9 @@ class _Paths:
             return {}
         block = self.model.blocks[layer]
         before = self.at_base[f"blocks.{layer}.hook_resid_pre"]
+        if isinstance(block.attn, LatentAttention):
+            # A norm stands between the stream and queries, keys and values.
+            return {one: _difference(_heard_by(block, one), before, stream) for one in here}
         change = _difference(lambda x: read(block, "ln1", x), before, stream)
         w_k, w_v, _, _ = block.attn.key_value_leaves()
         weights = {"q": block.attn.W_Q, "k": w_k, "v": w_v}
@@ -440,6 +444,16 @@ def _keeper(kept: dict[str, Tensor]) -> Any:
         kept[hook.name] = activation.detach().clone()
 
     return keep
+
+
+def _heard_by(block: Any, receiver: Receiver) -> Callable[[Tensor], Tensor]:
+    """Rows of the stream to the receiver's own query, key or value."""
+
+    def heard(rows: Tensor) -> Tensor:
+        (found,) = projections(block.attn, read(block, "ln1", rows), receiver.letter)
+        return found[:, receiver.head]
+
+    return heard
 
 
 def _difference(

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlens.components.norms import norm_before
 from fastlens.errors import FastlensError, did_you_mean
 from fastlens.factored_matrix import FactoredMatrix
 
@@ -100,7 +101,8 @@ class SVDInterpreter:
             matrix = _wide(mlp.W_out)
         else:
             matrix = _wide(mlp.W_in).mT
-            gain = getattr(getattr(block, "ln2", None), "w", None)
+            norm = norm_before(self.cfg, "ln2")
+            gain = None if norm is None else getattr(getattr(block, norm, None), "w", None)
             matrix = matrix if gain is None else matrix * gain
         return torch.linalg.svd(matrix, full_matrices=False).Vh
 

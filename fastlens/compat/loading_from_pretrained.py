@@ -20,7 +20,7 @@ from fastlens.weights import checkpoints
 from fastlens.weights.family import family_of
 from fastlens.weights.hub import fetch, has_tokenizer
 from fastlens.weights.names import NOT_ON_THE_HUB, packaged_model, repository_of
-from fastlens.weights.own_format import as_family_config
+from fastlens.weights.own_format import as_family_config, is_own
 from fastlens.weights.source import check_layers, open_source
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def _fields(folder: Path, model_name: str, tokenizer_name: str | None) -> dict[s
         raise SourceError(
             f"{folder / 'config.json'} cannot be read ({error}). Fetch it again."
         ) from error
-    tokenizer_name = tokenizer_name or config.get("tokenizer_name")
+    if is_own(config) and not has_tokenizer(folder):
+        tokenizer_name = config.get("tokenizer_name")
     config = as_family_config(config, model_name)
     family, architecture = family_of(config)
     return {
@@ -93,6 +94,18 @@ def _fields(folder: Path, model_name: str, tokenizer_name: str | None) -> dict[s
         "model_name": model_name.split("/")[-1],
         "tokenizer_name": tokenizer_name,
     }
+
+
+def convert_neel_model_config(official_model_name: str, **kwargs: Any) -> dict[str, Any]:
+    """`HookedTransformerConfig` fields of a model in TransformerLens' own format.
+
+    Args:
+        kwargs: ``revision``, ``cache_dir``, ``token`` for the hub.
+    """
+    found = convert_hf_model_config(official_model_name, **kwargs)
+    names = """d_model n_layers d_mlp d_head n_heads n_ctx d_vocab tokenizer_name act_fn attn_only
+        final_rms original_architecture normalization_type positional_embedding_type""".split()
+    return {name: found[name] for name in names}
 
 
 def get_pretrained_model_config(

@@ -39,7 +39,6 @@ MISSING: dict[str, str] = {
         """,
     FAMILY: """
         components.mlps.gpt_oss_moe components.mlps.gated_mlp_4bit
-        loading_from_pretrained.convert_neel_model_config
         """,
     HUB: """
         HookedTransformer.HookedTransformer.load_sample_training_dataset

@@ -21,9 +21,10 @@ HOMES: dict[str, str] = {
         MLPFactory RMSNormInput SingleLoss TensorLike""",
     "fastlens.compat.loading_from_pretrained": """Config NEED_REMOTE_CODE_MODELS
         NON_HF_HOSTED_MODEL_NAMES PYTHIA_CHECKPOINTS PYTHIA_V0_CHECKPOINTS
-        STANFORD_CRFM_CHECKPOINTS convert_hf_model_config get_basic_config get_checkpoint_labels
-        get_num_params_of_pretrained get_official_model_name get_pretrained_model_config
-        get_pretrained_state_dict make_model_alias_map""",
+        STANFORD_CRFM_CHECKPOINTS convert_hf_model_config convert_neel_model_config
+        get_basic_config get_checkpoint_labels get_num_params_of_pretrained
+        get_official_model_name get_pretrained_model_config get_pretrained_state_dict
+        make_model_alias_map""",
     "fastlens.compat.supported_models": "DEFAULT_MODEL_ALIASES MODEL_ALIASES OFFICIAL_MODEL_NAMES",
     "fastlens.compat.tools_analysis.attribution_patching": """AttributionResult
         EdgeAttributionConfig GradientCache Granularity MetricFn Node NodeKind attribution_patch
@@ -226,14 +227,21 @@ MODULES: dict[str, str] = {
         is_square""",
     "hook_points": """DeviceType HookFunction HookIntrospectionMixin HookPoint HookedRootModule
         LensHandle NamesFilter""",
-    "loading_from_pretrained": """Config HookedTransformerConfig MODEL_ALIASES
-        NEED_REMOTE_CODE_MODELS NON_HF_HOSTED_MODEL_NAMES OFFICIAL_MODEL_NAMES PYTHIA_CHECKPOINTS
-        PYTHIA_V0_CHECKPOINTS STANFORD_CRFM_CHECKPOINTS convert_bert_weights convert_gpt2_weights
-        convert_hf_model_config convert_llama_weights convert_mistral_weights convert_neox_weights
-        convert_t5_weights fill_missing_keys get_basic_config get_checkpoint_labels
-        get_num_params_of_pretrained get_official_model_name get_pretrained_model_config
-        get_pretrained_state_dict get_rotary_pct_from_config make_model_alias_map
-        quantization_method unreadable_weight_reason""",
+    "loading_from_pretrained": """
+        Config HookedTransformerConfig MODEL_ALIASES NEED_REMOTE_CODE_MODELS
+        NON_HF_HOSTED_MODEL_NAMES OFFICIAL_MODEL_NAMES PYTHIA_CHECKPOINTS PYTHIA_V0_CHECKPOINTS
+        STANFORD_CRFM_CHECKPOINTS convert_apertus_weights convert_bert_weights convert_bloom_weights
+        convert_coder_weights convert_gemma_weights convert_gpt2_weights convert_gpt_oss_weights
+        convert_gptj_weights convert_hf_model_config convert_llama_weights convert_mingpt_weights
+        convert_mistral_weights convert_mixtral_weights convert_nanogpt_weights
+        convert_neel_model_config convert_neel_solu_old_weights convert_neo_weights
+        convert_neox_weights convert_olmo2_weights convert_olmo3_weights convert_olmo_weights
+        convert_olmoe_weights convert_opt_weights convert_phi3_weights convert_phi_weights
+        convert_qwen2_weights convert_qwen3_weights convert_qwen_weights convert_t5_weights
+        fill_missing_keys get_basic_config get_checkpoint_labels get_num_params_of_pretrained
+        get_official_model_name get_pretrained_model_config get_pretrained_state_dict
+        get_rotary_pct_from_config make_model_alias_map quantization_method unreadable_weight_reason
+        """,
     "past_key_value_caching": """HookedTransformerKeyValueCache=TransformerLensKeyValueCache
         HookedTransformerKeyValueCacheEntry=TransformerLensKeyValueCacheEntry""",
     "patching": """ActivationCache AxisNames CorruptedActivation HookedTransformer Logits
@@ -266,20 +274,24 @@ MODULES: dict[str, str] = {
     "pretrained.weight_conversions.coder": "HookedTransformerConfig convert_coder_weights",
     "pretrained.weight_conversions.gemma": "HookedTransformerConfig convert_gemma_weights",
     "pretrained.weight_conversions.gpt2": "HookedTransformerConfig convert_gpt2_weights",
-    "pretrained.weight_conversions.openai": "HookedTransformerConfig convert_gpt_oss_weights",
+    "pretrained.weight_conversions.openai": """HookedTransformerConfig convert_gpt_oss_weights
+        require_readable_weight""",
     "pretrained.weight_conversions.gptj": "HookedTransformerConfig convert_gptj_weights",
     "pretrained.weight_conversions.llama": "HookedTransformerConfig convert_llama_weights",
     "pretrained.weight_conversions.mingpt": "HookedTransformerConfig convert_mingpt_weights",
     "pretrained.weight_conversions.mistral": "HookedTransformerConfig convert_mistral_weights",
-    "pretrained.weight_conversions.mixtral": "HookedTransformerConfig convert_mixtral_weights",
+    "pretrained.weight_conversions.mixtral": """HookedTransformerConfig convert_mixtral_weights
+        require_readable_weight""",
     "pretrained.weight_conversions.nanogpt": "HookedTransformerConfig convert_nanogpt_weights",
-    "pretrained.weight_conversions.neel_solu_old": "HookedTransformerConfig convert_neel_solu_old_weights",
+    "pretrained.weight_conversions.neel_solu_old": """HookedTransformerConfig
+        convert_neel_solu_old_weights""",
     "pretrained.weight_conversions.neo": "HookedTransformerConfig convert_neo_weights",
     "pretrained.weight_conversions.neox": "HookedTransformerConfig convert_neox_weights",
     "pretrained.weight_conversions.olmo": "HookedTransformerConfig convert_olmo_weights",
     "pretrained.weight_conversions.olmo2": "HookedTransformerConfig convert_olmo2_weights",
     "pretrained.weight_conversions.olmo3": "HookedTransformerConfig convert_olmo3_weights",
-    "pretrained.weight_conversions.olmoe": "HookedTransformerConfig convert_olmoe_weights",
+    "pretrained.weight_conversions.olmoe": """HookedTransformerConfig convert_olmoe_weights
+        require_readable_weight""",
     "pretrained.weight_conversions.opt": "HookedTransformerConfig convert_opt_weights",
     "pretrained.weight_conversions.phi": "HookedTransformerConfig convert_phi_weights",
     "pretrained.weight_conversions.phi3": "HookedTransformerConfig convert_phi3_weights",

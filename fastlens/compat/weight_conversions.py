@@ -232,8 +232,9 @@ def convert_nanogpt_weights(
     """The tensors of a nanoGPT's state dict, compiled or not; biases that it lacks are zero."""
     stored = {name.removeprefix("_orig_mod."): tensor for name, tensor in old_state_dict.items()}
     found = _by_table(NANOGPT_KEYS, stored, cfg)
-    norms = ["ln_final", *(f"blocks.{l}.ln{n}" for l in range(cfg.n_layers) for n in (1, 2))]
-    zeros = {**dict.fromkeys((f"{norm}.b" for norm in norms), (cfg.d_model,)), **_biases(cfg)}
+    blocks = range(cfg.n_layers)
+    norms = ["ln_final.b", *(f"blocks.{layer}.ln{n}.b" for layer in blocks for n in (1, 2))]
+    zeros = {**dict.fromkeys(norms, (cfg.d_model,)), **_biases(cfg)}
     for name, shape in zeros.items():
         found.setdefault(name, torch.zeros(shape, dtype=cfg.dtype))
     return found

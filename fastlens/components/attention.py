@@ -22,7 +22,7 @@ from fastlens.components.layout import (
 )
 from fastlens.components.position_methods import PositionMethods
 from fastlens.components.qk_norm import make_qk_norm
-from fastlens.components.rotary_tables import rotary_tables, table_rows
+from fastlens.components.rotary_tables import rotary_tables, table_rows, turns_long
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError, ShapeError
 from fastlens.factored_matrix import FactoredMatrix
@@ -421,12 +421,27 @@ class AbstractAttention(PositionMethods, nn.Module):
             else:
                 positions = get_offset_position_ids(past_kv_pos_offset, attention_mask)
                 lengths = attention_mask.sum(1)
+            if past_kv_pos_offset and not has_one_table:
+                self._refuse_other_table(past_kv_pos_offset, attention_mask, lengths)
             places = table_rows(self.cfg, positions, lengths)
             self.grow_tables(end if has_one_table else int(places.max()) + 1)
             cos, sin = self.rotary_cos[places], self.rotary_sin[places]
         if cos.dtype != x.dtype:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return rotary(x, cos, sin, self.cfg.rotary_adjacent_pairs)
+
+    def _refuse_other_table(
+        self, offset: int, attention_mask: Tensor | None, lengths: Tensor
+    ) -> None:
+        before = torch.full_like(lengths, offset)
+        if attention_mask is not None:
+            before = attention_mask[:, :offset].sum(1)
+        if bool(turns_long(self.cfg, before, lengths).any()):
+            raise ShapeError(
+                f"a text of {int(before.max())} tokens in a KV cache goes on beyond "
+                f"{self.cfg.longrope_original_ctx_len}, from where LongRoPE turns all of its "
+                f"tokens otherwise. Run the whole text again into a new cache, as generate does."
+            )
 
     # -- moving and loading ------------------------------------------------------------------
 

@@ -20,15 +20,28 @@ _NOT_YET = {
 }
 
 
-def check_supported(cfg: HookedTransformerConfig, is_t5: bool = False) -> None:
-    """Refuse what TransformerLens' config can say and this version cannot compute exactly.
+def check_supported(
+    cfg: HookedTransformerConfig, is_t5: bool = False, places_norms: bool = False
+) -> None:
+    """Refuse what a config can say and this version cannot compute exactly.
 
     Args:
         is_t5: Whether a `T5Block` asks, which alone knows T5's relative position bias.
+        places_norms: Whether the block that asks puts norms where the config says.
     """
     wanted = [meaning for field, meaning in _NOT_YET.items() if getattr(cfg, field)]
     if cfg.positional_embedding_type == "relative_positional_bias" and not is_t5:
         wanted.append("relative position bias (T5) in this class: use HookedEncoderDecoder")
+    n_places = cfg.norm_after_sublayer + cfg.use_normalization_before_and_after
+    if n_places > (1 if places_norms else 0):
+        wanted.append(
+            "norm_after_sublayer together with use_normalization_before_and_after"
+            if places_norms
+            else "norms on what sublayers write (norm_after_sublayer, "
+            "use_normalization_before_and_after) in this class"
+        )
+    if cfg.use_attention_sinks and (cfg.attn_scores_soft_cap > 0 or is_t5):
+        wanted.append("attention sinks with a soft-cap, or in T5")
     if wanted:
         raise ConfigError(f"this version of fastlens does not compute {', '.join(wanted)}.")
 
@@ -133,7 +146,7 @@ class TransformerBlock(ReadingBlock):
     def __init__(self, cfg: HookedTransformerConfig | dict[str, Any], block_index: int):
         super().__init__()
         self.cfg = cfg = HookedTransformerConfig.unwrap(cfg)
-        check_supported(cfg)
+        check_supported(cfg, places_norms=True)
         after = cfg.normalization_type and cfg.normalization_type.removesuffix("Pre")
         self.ln1 = make_norm(cfg, cfg.normalization_type)
         if cfg.use_normalization_before_and_after:

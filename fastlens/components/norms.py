@@ -132,6 +132,8 @@ def norm_behind(cfg: Any, name: str) -> str | None:
     ``ln1_post`` in blocks that normalise before and after (Gemma-2), ``ln1`` itself where norms
     stand behind the sublayers (OLMo-2).
     """
+    if cfg.normalization_type is None:
+        return None
     if getattr(cfg, "use_normalization_before_and_after", False):
         return f"{name}_post"
     return name if getattr(cfg, "norm_after_sublayer", False) else None

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
@@ -112,6 +112,22 @@ def table_rows(
         return positions
     behind = cfg.longrope_original_ctx_len
     return positions + behind * (lengths > behind)[:, None].to(positions)
+
+
+def turns_long(
+    cfg: Any, before: Int[Tensor, " batch"], after: Int[Tensor, " batch"]
+) -> Bool[Tensor, " batch"]:
+    """Which texts had LongRoPE's short table before they went on, and now have the long one.
+
+    What a KV cache holds of them was made with the other table in all layers but the first.
+
+    Args:
+        before, after: Tokens of each whole text, padding not counted.
+    """
+    if getattr(cfg, "longrope_short_factor", None) is None:
+        return torch.zeros_like(before, dtype=torch.bool)
+    behind = cfg.longrope_original_ctx_len
+    return (before > 0) & (before <= behind) & (after > behind)
 
 
 def _by_parts(frequencies: Tensor, cfg: HookedTransformerConfig) -> Tensor:

@@ -130,7 +130,8 @@ def finished_qkv(
     clip = attn.cfg.clip_qkv
     if clip is not None:
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
-    if attn.cfg.positional_embedding_type == "rotary":
+    # Not by what the tables hold: a state dict may have brought those of a layer that rotates.
+    if attn.rotates:
         attn.grow_tables(int(positions.max()) + 1)
         cos, sin = attn.rotary_cos[positions][None], attn.rotary_sin[positions][None]
         if cos.dtype != q.dtype:

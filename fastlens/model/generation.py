@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlens.components.embed import Unembed
 from fastlens.components.kv_cache import TransformerLensKeyValueCache
 from fastlens.components.norms import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+from fastlens.components.rotary_tables import turns_long
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ShapeError, TokenError, did_you_mean
 from fastlens.generate import Generated, Step, Stop, generate_tokens, stream_tokens
@@ -325,23 +326,36 @@ class GenerationMixin:
         full_step: Step | None = None
 
         def step(new: Tensor | None) -> Tensor:
-            nonlocal done, full_step
+            nonlocal cache, done, full_step
             kept = (entry.past_keys.shape[1] for entry in cache.entries)
             if full_step is None and any(n != done for n in kept):
                 # A part that was replaced keeps no keys, or not all: it must be shown all tokens.
-                is_embeds = prompt.kind == "embeds"
-                text = [prompt.run, *(self._embedded(x) if is_embeds else x for x in made)]
-                shown = dataclasses.replace(prompt, run=torch.cat(text, 1))
+                shown = dataclasses.replace(prompt, run=self._text(prompt, made))
                 full_step = self._full_step(shown, mask, n_steps)
             if full_step is not None:
                 return full_step(new)
             run = prompt.run if new is None else new[:, None]
             made.extend([] if new is None else [run])
+            if self._turns_long(prompt, mask, done):
+                cache, done = cache.init_cache(self.cfg, self.cfg.device, len(run)), 0
+                run = self._text(prompt, made)
             offset, done = done, done + run.shape[1]
             seen = None if mask is None else mask[:, :done]
             return self._next_logits(self._embedded(run), offset, seen, cache)
 
         return step
+
+    def _text(self, prompt: Prompt, made: Sequence[Tensor]) -> Tensor:
+        """The prompt and the tokens made so far, as `_embedded` takes them."""
+        is_embeds = prompt.kind == "embeds"
+        return torch.cat([prompt.run, *(self._embedded(x) if is_embeds else x for x in made)], 1)
+
+    def _turns_long(self, prompt: Prompt, mask: Tensor | None, done: int) -> bool:
+        """Whether the next token makes one of the texts a long one, all of it (LongRoPE)."""
+        if self.cfg.longrope_short_factor is None:
+            return False
+        before = torch.full((len(prompt.run),), done) if mask is None else mask[:, :done].sum(1)
+        return bool(turns_long(self.cfg, before, before + 1).any())
 
     def _full_step(self, prompt: Prompt, mask: Tensor | None, n_steps: int) -> Step:
         length = prompt.run.shape[1]

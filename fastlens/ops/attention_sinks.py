@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlens.errors import ConfigError
+from fastlens.errors import ConfigError, GradientError
 from fastlens.kernels.attention_gradients import attention_gradients
 from fastlens.kernels.masks import AttentionRule
 from fastlens.ops.attention import attention, attention_with_lse
@@ -33,12 +33,18 @@ def attention_with_sinks(
     Numerics: as attention; the factor in float32 at least. Differentiable in q, k, v and sinks,
     once; not in ``bias``.
     Cost: attention; its gradient is twice attention's.
-    Raises: ConfigError for a soft-cap, which no model has together with sinks.
+    Raises: ConfigError for a soft-cap, which no model has together with sinks; GradientError if
+        ``bias`` wants a gradient.
     """
     if rule.soft_cap > 0:
         raise ConfigError(
             f"attention sinks and a soft-cap of {rule.soft_cap} were asked together. That gradient "
             f"is not written; set attn_scores_soft_cap=-1."
+        )
+    if torch.is_grad_enabled() and bias is not None and bias.requires_grad:
+        raise GradientError(
+            "attention with sinks passes no gradient on to bias, and bias requires one. Detach it, "
+            "or call this under torch.no_grad()."
         )
     inputs = (q, k, v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):

@@ -42,7 +42,8 @@ def stem_of(
     stem = Stem(residual, shortformer, key_mask, rows)
     if other is None:
         return stem, [base.shape[1]] * len(base)
-    of_base, of_other = positions.chunk(2)
+    # With LongRoPE the length of a text, so what is behind them, decides how its tokens are turned.
+    of_base, of_other = rows.chunk(2)
     differs = (base != other) | (masks[0] != masks[1]) | (of_base != of_other)
     first = torch.where(differs.any(1), differs.int().argmax(1), base.shape[1])
     return stem, first.tolist()

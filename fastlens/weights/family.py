@@ -26,11 +26,13 @@ View = Callable[[Tensor, HookedTransformerConfig], Tensor | tuple[Tensor, ...]]
 HARMLESS = frozenset(
     """
     _name_or_path _num_labels architectures attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward diversity_penalty do_sample dtype
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+    custom_pipelines decoder_start_token_id diversity_penalty do_sample dtype
     early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
     finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
     initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
-    length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size num_beam_groups
+    length_penalty max_length min_length model_max_length model_type n_ctx name_or_path
+    no_repeat_ngram_size num_beam_groups
     num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past
     output_scores pad_token_id prefix problem_type remove_invalid_values repetition_penalty
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
@@ -39,6 +41,13 @@ HARMLESS = frozenset(
     unsloth_version use_cache
     """.split()
 )
+# Old releases of transformers wrote these into every file. At other values they change a model.
+_OFF: dict[str, Any] = {
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+    "use_bfloat16": False,
+}
 # Parts of ours whose tensors stand outside the base model, so without its prefix.
 _HEADS = ("unembed", "mlm_head", "nsp_head", "rtd_head")
 MAX_LISTED = 30
@@ -57,7 +66,7 @@ class Key:
     tensor's own name does not say which), ``{kv}`` an underscore where key-value heads are grouped.
     ``when`` names a config attribute, or is a function of the config, without which the tensor does
     not exist. ``factor`` multiplies what is read; `Family.plan` sets it from `Family.factors`.
-    Layers before ``from_layer`` lack it.
+    Layers before ``from_layer`` lack it. A ``spare`` one may stand in checkpoints without using it.
     """
 
     axes: str
@@ -67,6 +76,7 @@ class Key:
     factor: float = 1.0
     from_layer: int = 0
     in_layer: Callable[[dict[str, Any], int], bool] | None = None
+    spare: bool = False
 
     def targets(self, place: "Place", cfg: HookedTransformerConfig) -> tuple[str, ...]:
         """The parameter names for one place."""
@@ -198,6 +208,7 @@ class Family:
         return {**around, **inside, "tie_word_embeddings": tied}
 
     def _refuse_unknown(self, config: dict[str, Any]) -> None:
+        only = {**_OFF, **self.only}
         known = {"tie_word_embeddings", *HARMLESS, *self.ignored, *self.reads}
         known |= {*self.config, *self.switches}
         unknown = {
@@ -206,7 +217,7 @@ class Family:
             if name not in known
             and value is not None
             and not name.startswith("_")
-            and (name not in self.only or value != self.only[name])
+            and (name not in only or value != only[name])
         }
         if unknown.get("quantization_config"):
             method = dict(unknown["quantization_config"]).get("quant_method", "unknown method")
@@ -250,6 +261,8 @@ class Family:
             if place.pattern in self.keys and key is None:
                 continue
             if place.layer in behind:
+                continue
+            if key is not None and key.spare and place not in wanted:
                 continue
             if key is None or place not in wanted:
                 problems.append(f"unknown: {name} {list(shape)}")

@@ -24,8 +24,6 @@ FLAGS = (
     "fold_value_biases",
     "refactor_factored_attn_matrices",
 )
-# Norms stand behind the sublayers: what folding and centring assume does not hold.
-POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
 def group_of(key: str) -> str:
@@ -307,6 +305,12 @@ def _check_refactor(cfg: HookedTransformerConfig) -> None:
             "refactor_factored_attn_matrices=True was asked, but this model has rotary positions "
             "or grouped key-value heads: W_Q and W_K meet only after a rotation or across heads, "
             "so there is no one QK matrix to factor. Leave the flag off."
+        )
+    if cfg.use_qk_norm or cfg.clip_qkv is not None or cfg.use_attention_sinks:
+        raise ConfigError(
+            "refactor_factored_attn_matrices=True was asked, but in this model QK-norms, clipping "
+            "or attention sinks stand between W_Q and W_K, or W_V and W_O: another basis inside a "
+            "head would be another function. Leave the flag off."
         )
 
 

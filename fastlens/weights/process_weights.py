@@ -152,7 +152,7 @@ class ProcessWeights:
         """
         _no_adapter(adapter)
         _need(state_dict, "embed.W_E")
-        if cfg.original_architecture not in fold.POST_NORM_ARCHITECTURES:
+        if not cfg.norm_after_sublayer:
             state_dict.update(fold.center_writing_weights(state_dict, cfg))
         return state_dict
 

@@ -106,6 +106,20 @@ def test_exact_in_every_family(name, mlps):
         assert scores.meta["checked_message"]["max_difference"] <= 1e-11
 
 
+def test_latents():
+    """A norm stands between the stream and what receivers read."""
+    latent = {"n_key_value_heads": None, "d_head": 10, "rotary_dim": 4, "d_kv_latent": 7,
+              "d_q_latent": 9, "d_value": 6}  # fmt: skip
+    model = ours("llama", dtype=torch.float64, **latent)
+    clean, corrupted = pairs(2, 8)
+    for receivers in receivers_of(model):
+        scores = path_patching(model, clean, corrupted, receivers=receivers, metric=METRIC)
+        truth = by_three_forwards(model, clean, corrupted, receivers, heads=(0, 3))
+        found = scores.per_example[..., [0, 3]]
+        assert_close_to(found, truth[..., [0, 3]], atol=1e-10, name=str(receivers))
+        assert scores.meta["checked_message"]["max_difference"] <= 1e-11
+
+
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_float32(direction):
     model = ours("gpt2")

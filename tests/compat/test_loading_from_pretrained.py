@@ -1,5 +1,6 @@
 """`loading_from_pretrained`; values against TransformerLens: tests/compat/calls/loading.py."""
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from fastlens import HookedTransformer
 from fastlens.compat import loading_from_pretrained as loading
 from fastlens.errors import ConfigError, ModelNameError, SourceError
 from tests.weights.checkpoints import hf_model, prompt, save_folder
+from tests.weights.toys import RUN, SIZES, save_toy
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,21 @@ def test_offline_and_broken_folders(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["OddModel"]}', encoding="utf-8")
     with pytest.raises(ConfigError, match="OddModel"):
         loading.convert_hf_model_config(str(tmp_path))
+
+
+COMPARED = ["transformer_lens.loading_from_pretrained.convert_neel_model_config"]
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("name", ["solu-1l", "solu-1l-pile", "attn-only-demo", "redwood_attn_2l"])
+def test_configs_of_toy_models(name, tmp_path, monkeypatch):
+    """As TransformerLens reads the same file."""
+    theirs = pytest.importorskip("transformer_lens.loading_from_pretrained")
+    config = {**SIZES, **RUN, "shortformer_pos": "demo" in name, "final_rms": "pile" in name}
+    config["tokenizer_name"] = "NeelNanda/gpt-neox-tokenizer-digits"
+    save_toy(tmp_path, config, {})
+    monkeypatch.setattr(theirs.utils, "download_file_from_hf", lambda *_, **__: config)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    want = theirs.convert_neel_model_config(name)
+    assert loading.convert_neel_model_config(name) == want
+    assert loading.get_pretrained_model_config(name, device="cpu").n_ctx == want["n_ctx"]

@@ -36,6 +36,7 @@ def test_bytes_of_a_row_by_hand():
     assert frame().joining_bytes == 4 * (32 + 2 * 16)
     assert frame().hidden_bytes == 4 * 2 * 48 and frame(is_gated=True).hidden_bytes == 4 * 3 * 48
     assert frame(itemsize=2).hidden_bytes == 2 * 2 * 48
+    assert frame(is_gated=True, d_shared=60).hidden_bytes == 4 * 3 * 60
     assert frame(n_pos=600).branch_bytes > 8 * 600
 
 

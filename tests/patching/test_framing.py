@@ -169,3 +169,14 @@ def test_what_the_planner_is_told_of_sources():
     found = frame_of(model, [6], [5], 2, 6, nulls={1: null}, caches=[1, 2], **options)
     assert found.nulls == {1: null} and found.caches == {1, 2}
     assert frame().nulls == {} and frame().caches == frozenset()
+
+
+def test_mixtures_of_experts():
+    options = {"has_source": True, "keeps_later": False}
+    model = ours("moe", d_shared_expert=28)
+    found = frame_of(model, [2], [5], 2, 6, **options)
+    assert (found.experts_width, found.n_experts, found.d_shared) == (2 * 20 + 28, 5, 28)
+    assert found.is_gated and found.d_mlp == 20
+    assert frame_of(ours("llama"), [2], [5], 2, 6, **options).experts_width == 0
+    dense_first = ours("moe", n_dense_layers=1, d_mlp_dense=48)
+    assert frame_of(dense_first, [2], [5], 2, 6, **options).d_mlp == 48

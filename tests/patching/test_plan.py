@@ -649,6 +649,10 @@ def test_flops_by_hand():
     ]
     gated = planned(patch("z", 0), on=frame(is_gated=True))
     assert gated.flops(counts)[MLP] == 2 * 3 * 32 * 48
+    # Two experts of 48, one that all rows pass of 20, and a router of 5.
+    experts = frame(is_gated=True, experts_width=2 * 48 + 20, n_experts=5)
+    experts = planned(patch("z", 0), on=experts)
+    assert experts.flops(counts)[MLP] == 2 * 32 * (3 * (2 * 48 + 20) + 5)
     per_layer = plan.flops(np.array([[T, T, T, T, T * T]]))[0]
     assert plan.plain_flops() == L * per_layer
     assert planned(patch("z", 0), on=frame((6, 6))).plain_flops() == 2 * plan.plain_flops()

@@ -13,6 +13,7 @@ from fastlens.patching.sites import (
     available_sites,
     find_site,
     n_heads,
+    n_neurons,
     sweep_axes,
 )
 from tests.models import ours, prompts
@@ -131,6 +132,11 @@ def test_axes_of_a_sweep():
 def test_illegal_axes(site, by, message):
     with pytest.raises(SweepError, match=message):
         sweep_axes(SITES[site], by)
+
+
+def test_neurons_beside_mixtures_are_a_dense_layers():
+    assert n_neurons(ours("llama").cfg) == 48
+    assert n_neurons(ours("moe", n_dense_layers=1, d_mlp_dense=40).cfg) == 40
 
 
 def test_head_counts_under_grouping():

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
-from fastlens.errors import WeightsError
+from fastlens.errors import ConfigError, WeightsError
 from fastlens.weights.families import llama, qwen3
 from fastlens.weights.family import Key
 
@@ -14,6 +14,14 @@ from fastlens.weights.family import Key
 def _derive(config: dict[str, Any]) -> dict[str, Any]:
     config = {"intermediate_size": 14336, "max_position_embeddings": 65536, **config}
     if not (config.get("rope_scaling") or config.get("rope_parameters")):
+        theta = config.get("rope_theta")
+        if theta not in (None, _ROPE["rope_theta"]):
+            raise ConfigError(
+                f"the config has rope_theta={theta} and no scaling. transformers 4 computes that; "
+                f"transformers 5 does not read it and takes the final models' Llama-3 scaling. "
+                f"Set rope_parameters to what is meant, such as "
+                f"{{'rope_type': 'default', 'rope_theta': {theta}}}."
+            )
         config["rope_parameters"] = _ROPE
     return llama.heads_and_rotary({"rope_theta": _ROPE["rope_theta"], **config})
 

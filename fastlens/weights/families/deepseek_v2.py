@@ -5,6 +5,8 @@ from typing import Any
 
 from fastlens.errors import ConfigError
 from fastlens.weights.families import deepseek_v3
+from fastlens.weights.late_mixtures import mixed_keys, mixture_fields
+from fastlens.weights.latents import DENSE, attention_fields
 
 _DEFAULTS = {
     **deepseek_v3.DEFAULTS,
@@ -28,10 +30,10 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     method = config.get("topk_method", "greedy")
     if method not in _METHODS:
         raise ConfigError(f"topk_method={method!r} was asked. Here it is one of {_METHODS}.")
-    fields = deepseek_v3.mixture_fields(config, _DEFAULTS)
+    fields = mixture_fields(config, _DEFAULTS)
     if method == "greedy" and "num_experts" in fields:
         fields |= {"expert_groups": None, "groups_per_token": None}
-    return {**deepseek_v3.attention_fields(config, _DEFAULTS), **fields}
+    return {**attention_fields(config, _DEFAULTS), **fields}
 
 
 FAMILY = replace(
@@ -57,7 +59,7 @@ FAMILY = replace(
         "scoring_func": "softmax",
         "moe_layer_freq": 1,
     },
-    keys=deepseek_v3.mixed_keys(deepseek_v3.DENSE, 0, has_bias=False),
+    keys=mixed_keys(DENSE, 0, has_bias=False),
     repositories=tuple(
         f"deepseek-ai/DeepSeek-{name}"
         for name in ("V2", "V2-Lite", "V2-Chat", "V2-Lite-Chat", "Coder-V2-Lite-Base",

@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from fastlens.weights import late_mixtures
 from fastlens.weights.families import deepseek_v3, llama, qwen3
+from fastlens.weights.late_mixtures import mixed_keys, mixture_fields
 from fastlens.weights.windows import window_fields
 
 
@@ -19,7 +21,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     return {
         **fields,
         **window_fields(window, kinds, fields),
-        **deepseek_v3.mixture_fields(config, _DEFAULTS),
+        **mixture_fields(config, _DEFAULTS),
         "router_scores": "sigmoid",
     }
 
@@ -61,10 +63,10 @@ FAMILY = replace(
     fixed={**deepseek_v3.FAMILY.fixed, "use_qk_norm": True},
     derive=_fields,
     reads=llama.FAMILY.reads
-    | deepseek_v3.MIXTURE_READS
+    | late_mixtures.READS
     | {"sliding_window", "max_window_layers", "layer_types"},
     only={"scoring_func": "noaux_tc", "use_sliding_window": False},
-    keys=deepseek_v3.mixed_keys(qwen3.FAMILY.keys, 0),
+    keys=mixed_keys(qwen3.FAMILY.keys, 0),
     layers_behind=(),
     repositories=("rednote-hilab/dots.llm1.base", "rednote-hilab/dots.llm1.inst"),
     default_prepend_bos=False,

@@ -1,4 +1,4 @@
-"""ESM-2: a rotary encoder of proteins with norms before its sublayers. By `HookedEncoder`."""
+"""ESM-2 and ESM-1b: encoders of proteins with norms before sublayers. By `HookedEncoder`."""
 
 from typing import Any
 
@@ -12,12 +12,18 @@ def _has_norm(config: dict[str, Any]) -> bool:
     return bool(config.get("emb_layer_norm_before"))
 
 
+def _learns_positions(config: dict[str, Any]) -> bool:
+    return config.get("position_embedding_type", "absolute") != "rotary"
+
+
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
-    positions = config.get("position_embedding_type", "absolute")
-    if positions != "rotary":
+    learned, padding = _learns_positions(config), config.get("pad_token_id")
+    kind = config.get("position_embedding_type", "absolute")
+    if kind not in ("absolute", "rotary"):
+        raise ConfigError(f"position_embedding_type={kind!r} must be 'absolute' or 'rotary'.")
+    if learned and padding is None:
         raise ConfigError(
-            f"position_embedding_type={positions!r}: this is no ESM-2 but an ESM-1b, whose learned "
-            f"positions are not read here. ESM-2 has 'rotary'."
+            "pad_token_id is null in the config, but positions are counted from it. ESM-1b's is 1."
         )
     drops = config.get("token_dropout") or False
     if drops and config.get("mask_token_id") is None:
@@ -30,8 +36,13 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
         embedding_norm=_has_norm(config),
         dropped_token=config["mask_token_id"] if drops else None,
         zeroes_padding=True,
+        padding_id=padding if learned else None,
     )
-    return {**fields, "rotary_base": config.get("rope_theta", 10000.0)}
+    if not learned:
+        return {**fields, "rotary_base": config.get("rope_theta", 10000.0)}
+    # Rows of the table up to the padding token's stand for no position.
+    n_ctx = config.get("max_position_embeddings", 1026) - padding - 1
+    return {**fields, "n_ctx": n_ctx, "positional_embedding_type": "standard"}
 
 
 B, T = "encoder.layer.{l}.", "blocks.{l}."
@@ -49,8 +60,10 @@ KEYS: dict[str, Key | None] = {
     "embeddings.layer_norm.weight": Key("d_model", "embed.ln.w", when=_has_norm),
     "embeddings.layer_norm.bias": Key("d_model", "embed.ln.b", when=_has_norm),
     "embeddings.position_ids": None,
-    # Released with ESM-2 and not used by it.
-    "embeddings.position_embeddings.weight": None,
+    # Released with ESM-2 too, and not used by it.
+    "embeddings.position_embeddings.weight": Key(
+        "positions d_model", "embed.pos_embed.W_pos", when=_learns_positions, spare=True
+    ),
     # Rounded to 16 bits in some checkpoints; transformers, too, takes those of the first layer.
     "rotary_embeddings.inv_freq": Key("frequencies", "rotary.frequencies"),
     f"encoder.layer.0.{INV_FREQ}": Key("frequencies", "rotary.frequencies"),
@@ -109,9 +122,13 @@ FAMILY = Family(
         "attention_probs_dropout_prob classifier_dropout hidden_dropout_prob vocab_list".split()
     ),
     keys=KEYS,
-    repositories=tuple(
-        f"facebook/esm2_{size}_UR50D"
-        for size in ("t6_8M", "t12_35M", "t30_150M", "t33_650M", "t36_3B", "t48_15B")
+    repositories=(
+        *(
+            f"facebook/esm2_{size}_UR50D"
+            for size in ("t6_8M", "t12_35M", "t30_150M", "t33_650M", "t36_3B", "t48_15B")
+        ),
+        "facebook/esm1b_t33_650M_UR50S",
+        *(f"facebook/esm1v_t33_650M_UR90S_{seed}" for seed in range(1, 6)),
     ),
     model_class="HookedEncoder",
     optional=(("mlm_head", "unembed"), ("pooler",), ("rotary",)),

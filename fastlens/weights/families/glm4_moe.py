@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from fastlens.weights import late_mixtures
 from fastlens.weights.families import deepseek_v3, llama, qwen3
 from fastlens.weights.family import Key
+from fastlens.weights.late_mixtures import mixed_keys, mixture_fields
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -12,7 +14,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     fraction = config.get("partial_rotary_factor", 0.5)
     return {
         **llama.heads_and_rotary(config, fraction=fraction),
-        **deepseek_v3.mixture_fields(config, _DEFAULTS),
+        **mixture_fields(config, _DEFAULTS),
         "router_scores": "sigmoid",
     }
 
@@ -54,10 +56,10 @@ FAMILY = replace(
         "use_qk_norm": ("use_qk_norm", False),
     },
     derive=_fields,
-    reads=llama.FAMILY.reads | deepseek_v3.MIXTURE_READS | {"partial_rotary_factor"},
+    reads=llama.FAMILY.reads | late_mixtures.READS | {"partial_rotary_factor"},
     only={},
     switches={llama.SWITCH: False, "use_qk_norm": False},
-    keys=deepseek_v3.mixed_keys({**llama.keys(llama.SWITCH), **_QK_NORMS}, 1),
+    keys=mixed_keys({**llama.keys(llama.SWITCH), **_QK_NORMS}, 1),
     repositories=("zai-org/GLM-4.5", "zai-org/GLM-4.5-Air", "zai-org/GLM-4.5-Air-Base",
                   "zai-org/GLM-4.6"),
     default_prepend_bos=False,

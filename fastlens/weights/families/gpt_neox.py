@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError
 from fastlens.weights.family import Family, Gguf, Key
 from fastlens.weights.gguf_file import GgufReader
 from fastlens.weights.rope import rotary_fields
@@ -27,7 +28,17 @@ def _heads_together(tensor: Tensor, config: dict[str, Any]) -> Tensor:
     return apart.transpose(0, 1).reshape(tensor.shape)
 
 
+# transformers 4.46 to 4.57 wrote both names of each, and reads the second.
+_RENAMED = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
 def _rotary(config: dict[str, Any]) -> dict[str, Any]:
+    for new, old in _RENAMED.items():
+        if config.get(new) is not None and config[new] != config.get(old):
+            raise ConfigError(
+                f"the config has {new}={config[new]} and {old}={config.get(old)}, of which "
+                f"transformers reads the second. Give both the value that is meant."
+            )
     d_head = config.get("hidden_size", 6144) // config.get("num_attention_heads", 64)
     rotary = rotary_fields(
         config,
@@ -132,7 +143,7 @@ FAMILY = Family(
     },
     fixed={"normalization_type": "LN"},
     derive=_rotary,
-    reads=frozenset({"rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base"}),
+    reads=frozenset({"rope_parameters", "rope_scaling", *_RENAMED, *_RENAMED.values()}),
     switches={SWITCH: True},
     ignored=frozenset(DROPOUT),
     keys=KEYS,

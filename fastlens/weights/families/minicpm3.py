@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from fastlens.weights import latents
 from fastlens.weights.families import deepseek_v3
 
 _DEFAULTS = {
@@ -20,7 +21,7 @@ _DEFAULTS = {
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
-    return deepseek_v3.attention_fields(config, _DEFAULTS)
+    return latents.attention_fields(config, _DEFAULTS)
 
 
 def _into_stream(config: dict[str, Any]) -> float:
@@ -53,11 +54,10 @@ FAMILY = replace(
     },
     derive=_fields,
     ties_by_default=True,
-    reads=(deepseek_v3.READS - {"rope_interleave"})
-    | {"scale_emb", "scale_depth", "dim_model_base"},
+    reads=(latents.READS - {"rope_interleave"}) | {"scale_emb", "scale_depth", "dim_model_base"},
     only={"mlp_bias": False},
     ignored=frozenset({"attention_dropout", "pretraining_tp"}),
-    keys=deepseek_v3.DENSE,
+    keys=latents.DENSE,
     factors={
         "embed.W_E": lambda config: config.get("scale_emb", 12),
         **{f"blocks.{{l}}.{writer}": _into_stream for writer in _WRITERS},

@@ -21,7 +21,8 @@ L, T = "layers.{l}.", "blocks.{l}."
 A, _NEOX = L + "self_attn.", gpt_neox.KEYS
 KEYS = {
     "embed_tokens.weight": Key("d_vocab d_model", "embed.W_E"),
-    **{name: key for name, key in _NEOX.items() if name.startswith(L) and ".attention." not in name},
+    **{name: key for name, key in _NEOX.items()
+       if name.startswith(L) and ".attention." not in name},
     A + "query_key_value.weight": Key(
         "qkv d_model", tuple(f"{T}attn.W_{x}" for x in "QKV"), fused_qkv
     ),

@@ -68,8 +68,10 @@ FAMILY = Family(
     reads=ROTARY_ATTRIBUTES | {"num_key_value_heads", "partial_rotary_factor"},
     # No release normalises queries and keys.
     only={"qk_layernorm": False},
-    # None in eval mode.
-    ignored=frozenset({"resid_pdrop", "embd_pdrop", "attention_dropout"}),
+    # No dropout in eval mode. Biases are always there, and partial_rotary_factor is what is read.
+    ignored=frozenset(
+        {"resid_pdrop", "embd_pdrop", "attention_dropout", "attention_bias", "rotary_dim"}
+    ),
     keys=KEYS,
     aliases={name: f"microsoft/{name}" for name in ("phi-1", "phi-1_5", "phi-2")},
     default_prepend_bos=False,

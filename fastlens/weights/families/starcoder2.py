@@ -50,10 +50,10 @@ FAMILY = replace(
     # Left by the library that trained it.
     only={"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True},
     switches={SWITCH: True},
-    # No dropout in eval mode. transformers reads norm_epsilon and hidden_act, not their old names.
+    # No dropout in eval mode. transformers reads norm_epsilon and hidden_act, not other names.
     ignored=frozenset(
         """attention_dropout residual_dropout embedding_dropout attention_softmax_in_fp32
-        scale_attention_softmax_in_fp32 layer_norm_epsilon activation_function""".split()
+        scale_attention_softmax_in_fp32 layer_norm_epsilon rms_norm_eps activation_function""".split()
     ),
     keys=KEYS,
     aliases={},

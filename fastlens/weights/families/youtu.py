@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from fastlens.weights import latents
 from fastlens.weights.families import deepseek_v3
 
 _DEFAULTS = {
@@ -13,7 +14,7 @@ _DEFAULTS = {
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
-    return deepseek_v3.attention_fields(config, _DEFAULTS)
+    return latents.attention_fields(config, _DEFAULTS)
 
 
 FAMILY = replace(
@@ -32,9 +33,9 @@ FAMILY = replace(
     },
     derive=_fields,
     ties_by_default=True,
-    reads=deepseek_v3.READS,
+    reads=latents.READS,
     only={},
     ignored=frozenset({"attention_dropout", "embedding_initializer_range"}),
-    keys=deepseek_v3.DENSE,
+    keys=latents.DENSE,
     repositories=("tencent/Youtu-LLM-2B", "tencent/Youtu-LLM-2B-Base"),
 )

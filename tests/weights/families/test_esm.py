@@ -1,4 +1,4 @@
-"""ESM-2: against transformers; masked tokens, frequencies of checkpoints, refusals."""
+"""ESM-2 and ESM-1b: against transformers; masked tokens, frequencies of checkpoints, refusals."""
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ class TestEsm(EncoderTests):
             **ESM2, "token_dropout": False, "emb_layer_norm_before": True, "rope_theta": 500.0,
             "tie_word_embeddings": False,
         },
+        "ESM-1b": {**ESM2, "position_embedding_type": "absolute", "emb_layer_norm_before": True},
     }  # fmt: skip
 
 
@@ -87,7 +88,8 @@ def test_frequencies_are_made_where_a_checkpoint_has_none(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"position_embedding_type": "absolute"}, "this is no ESM-2 but an ESM-1b"),
+        ({"position_embedding_type": "alibi"}, "must be 'absolute' or 'rotary'"),
+        ({"position_embedding_type": "absolute", "pad_token_id": None}, "pad_token_id is null"),
         ({"is_folding_model": True}, "is_folding_model=True"),
         ({"mask_token_id": None}, "token_dropout is set, but mask_token_id is not"),
         ({"is_decoder": True}, "is a decoder"),
