@@ -1,7 +1,7 @@
 """TransformerLens' tables of model names, made from what `fastlens.weights.families` knows.
 
-They hold fewer names than TransformerLens' until every family is here. Any other hub name, folder
-or GGUF file of a known architecture can be loaded as well.
+They hold all of TransformerLens' names but those of speech models, and more. Any other hub name,
+folder or GGUF file of a known architecture can be loaded as well.
 """
 
 from fastlens.weights.names import known_names

@@ -61,6 +61,8 @@ class AbstractAttention(PositionMethods, nn.Module):
     }
     # What a run shows this layer's queries and keys to, for its cache.
     tap: AttentionTap | None = None
+    # One score a head beside every row's, where the config has attention sinks.
+    sinks: nn.Parameter | None = None
     # The leaves that hold keys and values; grouped attention names them with an underscore.
     KEY_VALUE_NAMES = ("W_K", "W_V", "b_K", "b_V")
 
@@ -130,7 +132,6 @@ class AbstractAttention(PositionMethods, nn.Module):
         self.W_O = nn.Parameter(output_heads(w_o, cfg.n_heads))
         self.b_Q = b_q
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model, dtype=cfg.dtype))
-        self.sinks = None
         if cfg.use_attention_sinks:
             self.sinks = nn.Parameter(torch.zeros(cfg.n_heads, dtype=cfg.dtype))
         for name, leaf in zip(self.KEY_VALUE_NAMES, (w_k, w_v, b_k, b_v), strict=True):
@@ -274,7 +275,7 @@ class AbstractAttention(PositionMethods, nn.Module):
             v = self.hook_v(_per_head(value_input, w_v, b_v))
         else:
             q, k, v = joint
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and not self.norms_behind_rotary:
             q, k = self.q_norm.of_heads(q), self.k_norm.of_heads(k)
         if self.cfg.clip_qkv is not None:
             q, k, v = (x.clamp(-self.cfg.clip_qkv, self.cfg.clip_qkv) for x in (q, k, v))
@@ -384,10 +385,19 @@ class AbstractAttention(PositionMethods, nn.Module):
             self.rotary_sin = sin.to(self.rotary_sin.device)
             self.rotary_cos = cos.to(self.rotary_cos.device)
 
+    @property
+    def norms_behind_rotary(self) -> bool:
+        """Whether QK-norm comes after the rotation, and before its hooks (HunYuan)."""
+        return self.cfg.qk_norm_kind == "behind_rotary"
+
     def _rotated(
         self, q: Tensor, k: Tensor, offset: int, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys turned by their positions, after their hooks."""
+        if self.norms_behind_rotary and self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm.of_heads(self.apply_rotary(q, offset, attention_mask))
+            k = self.k_norm.of_heads(self.apply_rotary(k, 0, attention_mask))
+            return self.hook_rot_q(q), self.hook_rot_k(k)
         both = None
         if offset == 0 and not (is_live(self.hook_rot_q) or is_live(self.hook_rot_k)):
             both = neighbour_heads(q, k)

@@ -136,9 +136,12 @@ class ProcessWeights:
     ) -> StateDict:
         """Gains and biases of norms in the weights that read them. For RMS norms say False twice.
 
-        The dict that comes in is not changed.
+        The dict that comes in is not changed. Norms behind the sublayers are read by no weights: they
+        stay as they are.
         """
         _no_adapter(adapter)
+        if cfg.norm_after_sublayer:
+            return dict(state_dict)
         return fold.fold_layer_norm(state_dict, cfg, fold_biases, center_weights)
 
     @staticmethod
@@ -169,8 +172,10 @@ class ProcessWeights:
     def fold_value_biases(
         state_dict: StateDict, cfg: HookedTransformerConfig, adapter: Any = None
     ) -> StateDict:
-        """``b_O += b_V @ W_O``, ``b_V = 0``."""
+        """``b_O += b_V @ W_O``, ``b_V = 0``; nothing with attention sinks, where it is no constant."""
         _no_adapter(adapter)
+        if cfg.use_attention_sinks:
+            return dict(state_dict)
         return fold.fold_value_biases(state_dict, cfg)
 
     @staticmethod

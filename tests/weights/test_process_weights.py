@@ -92,9 +92,10 @@ def test_steps_that_would_change_the_model_are_left_out(caplog):
     state = ProcessWeights.process_weights(state_of(model), model.cfg, fold_ln=False)
     assert torch.equal(state["unembed.W_U"], model.W_U)
     assert "center_unembed=True is not possible" in caplog.text
-    model.cfg.original_architecture = "Olmo2ForCausalLM"
-    state = ProcessWeights.center_writing_weights(state_of(model), model.cfg)
-    assert torch.equal(state["embed.W_E"], model.W_E)
+    model.cfg.norm_after_sublayer = model.cfg.use_attention_sinks = True
+    for step in ("center_writing_weights", "fold_layer_norm", "fold_value_biases"):
+        state = getattr(ProcessWeights, step)(state_of(model), model.cfg)
+        assert all(torch.equal(state[key], value) for key, value in state_of(model).items()), step
 
 
 def test_errors_say_what_to_do():
