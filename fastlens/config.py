@@ -234,10 +234,7 @@ class HookedTransformerConfig:
             self.d_mlp = 4 * self.d_model
         if self.d_vocab_out == -1:
             self.d_vocab_out = self.d_vocab
-        if self.original_architecture in _NORM_AFTER:
-            self.norm_after_sublayer = True
-        if self.original_architecture in _JOINED_QK_NORM:
-            self.use_qk_norm, self.qk_norm_kind = True, "joined"
+        self._name_mechanisms()
         if self.original_architecture == "GptOssForCausalLM":
             self.softmax_after_top_k = self.expert_biases = True
             self.expert_glu_limit = 7.0 if self.expert_glu_limit is None else self.expert_glu_limit
@@ -275,6 +272,13 @@ class HookedTransformerConfig:
         output = self.n_heads * d_value * self.d_model
         return queries + self.d_kv_latent * keys + self.d_model * rotary + output
 
+    def _name_mechanisms(self) -> None:
+        """Say in fields what TransformerLens knows by the architecture's name."""
+        if self.original_architecture in _NORM_AFTER:
+            self.norm_after_sublayer = True
+        if self.original_architecture in _JOINED_QK_NORM:
+            self.use_qk_norm, self.qk_norm_kind = True, "joined"
+
     def _check(self) -> None:
         self._check_one_of("normalization_type", NORMS)
         self._check_one_of("positional_embedding_type", POSITIONS)
@@ -282,6 +286,11 @@ class HookedTransformerConfig:
         self._check_one_of("attention_dir", ("causal", "bidirectional"))
         self._check_one_of("qk_norm_kind", QK_NORMS)
         self._check_one_of("router_scores", ("softmax", "sigmoid"))
+        if self.qk_norm_kind == "behind_rotary" and self.positional_embedding_type != "rotary":
+            raise ConfigError(
+                f"qk_norm_kind='behind_rotary' was asked with positional_embedding_type="
+                f"{self.positional_embedding_type!r}. It needs 'rotary'."
+            )
         if self.rotary_layers is not None and len(self.rotary_layers) < self.n_layers:
             raise ConfigError(
                 f"rotary_layers has {len(self.rotary_layers)} entries for {self.n_layers} layers."
@@ -368,6 +377,14 @@ class HookedTransformerConfig:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle of TransformerLens, or of an earlier version, lacks the newer fields.
+        fields = dataclasses.fields(self)
+        older = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        self.__dict__.update({**older, **state})
+        if not older.keys() <= state.keys():
+            self._name_mechanisms()
 
     def __repr__(self) -> str:
         return "HookedTransformerConfig:\n" + pprint.pformat(self.to_dict())

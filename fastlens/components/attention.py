@@ -446,9 +446,10 @@ class AbstractAttention(PositionMethods, nn.Module):
         before = torch.full_like(lengths, offset)
         if attention_mask is not None:
             before = attention_mask[:, :offset].sum(1)
-        if bool(turns_long(self.cfg, before, lengths).any()):
+        turns = turns_long(self.cfg, before, lengths)
+        if bool(turns.any()):
             raise ShapeError(
-                f"a text of {int(before.max())} tokens in a KV cache goes on beyond "
+                f"a text of {int(before[turns].max())} tokens in a KV cache goes on beyond "
                 f"{self.cfg.longrope_original_ctx_len}, from where LongRoPE turns all of its "
                 f"tokens otherwise. Run the whole text again into a new cache, as generate does."
             )

@@ -125,9 +125,9 @@ def finished_qkv(
     Args:
         positions: Each row's position as rotary counts it (left padding shifts it).
     """
-    has_norms = attn.q_norm is not None and attn.k_norm is not None
-    if has_norms and not attn.norms_behind_rotary:
-        q, k = attn.q_norm.of_rows(q), attn.k_norm.of_rows(k)
+    q_norm, k_norm = attn.q_norm, attn.k_norm
+    if q_norm is not None and k_norm is not None and not attn.norms_behind_rotary:
+        q, k = q_norm.of_rows(q), k_norm.of_rows(k)
     clip = attn.cfg.clip_qkv
     if clip is not None:
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
@@ -139,8 +139,8 @@ def finished_qkv(
             cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         adjacent = attn.cfg.rotary_adjacent_pairs
         q, k = (rotary(x[None], cos, sin, adjacent)[0] for x in (q, k))
-    if has_norms and attn.norms_behind_rotary:
-        q, k = attn.q_norm.of_rows(q), attn.k_norm.of_rows(k)
+    if q_norm is not None and k_norm is not None and attn.norms_behind_rotary:
+        q, k = q_norm.of_rows(q), k_norm.of_rows(k)
     return q, k, v
 
 

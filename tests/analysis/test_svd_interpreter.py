@@ -128,3 +128,11 @@ def test_what_is_refused(asked, message):
 def test_blocks_without_mlp():
     with pytest.raises(SVDError, match="'w_in' is of an MLP"):
         SVDInterpreter(ours("attn_only")).get_singular_vectors("w_in", 0)
+
+
+def test_a_norm_behind_the_mlp_is_no_part_of_what_it_reads():
+    model = ours("olmo2")
+    _, _, directions = torch.linalg.svd(model.blocks[0].mlp.W_in.detach().mT, full_matrices=False)
+    want = (directions[:3] @ model.W_U.detach()).T[:, None]
+    got = SVDInterpreter(model).get_singular_vectors("w_in", 0, 3)
+    assert_same_up_to_sign(got.detach(), want)

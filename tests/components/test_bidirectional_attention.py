@@ -51,6 +51,9 @@ def written(attn: BidirectionalAttention, x: torch.Tensor, mask: torch.Tensor | 
     if mask is not None:
         scores = scores.masked_fill(mask[:, None, None] == 0, -torch.inf)
     pattern = scores.softmax(-1).nan_to_num()
+    if attn.sinks is not None:
+        sinks = attn.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        pattern = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
     return torch.einsum("bqhd,hdm->bqm", z, attn.W_O) + attn.b_O, pattern
 
@@ -132,3 +135,12 @@ def test_frequencies_that_a_checkpoint_states():
     assert_close_to(attn.rotary_cos[29, :2], torch.tensor([14.5, 7.25]).double().cos(), atol=1e-15)
     other = copy.deepcopy(attn).to(torch.float32)
     assert_close_to(other.rotary_sin, attn.rotary_sin, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_sinks(kind):
+    attn, n_pos = layer(kind, use_attention_sinks=True), 11
+    x, mask = torch.randn(2, n_pos, 16, dtype=torch.float64), a_mask(n_pos)
+    want, _ = written(attn, x, mask)
+    with mock.patch.object(bidirectional_attention, "ROWS_PER_BLOCK", 3):
+        assert_close_to(attn(x, x, x, attention_mask=mask), want, atol=1e-12)

@@ -46,8 +46,16 @@ def test_a_spread_stream_is_copied_only_under_a_hook():
     [
         ({"load_in_4bit": True}, "4-bit"),
         ({"positional_embedding_type": "relative_positional_bias"}, "T5"),
+        ({"norm_after_sublayer": True}, "norms on what sublayers write"),
+        ({"use_normalization_before_and_after": True}, "norms on what sublayers write"),
+        ({"use_attention_sinks": True, "attn_scores_soft_cap": 5.0}, "sinks with a soft-cap"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         check_supported(HookedTransformerConfig(**tiny("gpt2", **changes)))
+
+
+def test_norms_stand_in_one_place():
+    with pytest.raises(ConfigError, match="norm_after_sublayer together with"):
+        build("gpt2", norm_after_sublayer=True, use_normalization_before_and_after=True)

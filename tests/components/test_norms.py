@@ -79,5 +79,6 @@ def test_where_norms_stand():
     assert (before(both, "ln2"), behind(both, "ln2")) == ("ln2", "ln2_post")
     olmo = HookedTransformerConfig(**tiny("olmo2"))
     assert (before(olmo, "ln2"), behind(olmo, "ln2")) == (None, "ln2")
-    none = HookedTransformerConfig(**tiny("no_norm"))
-    assert (before(none, "ln1"), behind(none, "ln1")) == (None, None)
+    for where in ({}, {"norm_after_sublayer": True}, {"use_normalization_before_and_after": True}):
+        none = HookedTransformerConfig(**tiny("no_norm", **where))
+        assert (before(none, "ln1"), behind(none, "ln1")) == (None, None)

@@ -12,6 +12,7 @@ from fastlens.components.qk_norm import (
     make_qk_norm,
 )
 from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError
 from fastlens.patching import answer_logit, sweep
 from tests.close import assert_close_to
 from tests.configs import tiny
@@ -22,12 +23,14 @@ KINDS = {
     "joined": JoinedRMSNorm,
     "layer_norm": HeadLayerNorm,
     "shared_layer_norm": SharedLayerNorm,
+    "behind_rotary": HeadRMSNorm,
 }
 AXES = {
     "head": (24, 1),
     "joined": (2, 3, 1),
     "layer_norm": (2, 3, 4, 1),
     "shared_layer_norm": (2, 3, 4, 1),
+    "behind_rotary": (24, 1),
 }
 
 
@@ -44,7 +47,7 @@ def made(kind, n_heads=4):
 
 
 def defined(kind, norm, x):
-    if kind == "head":
+    if kind in ("head", "behind_rotary"):
         return F.rms_norm(x, (8,), norm.w, norm.eps)
     if kind == "joined":
         return F.rms_norm(x.flatten(2), (32,), norm.w, norm.eps).view(x.shape)
@@ -64,6 +67,23 @@ def test_what_it_computes(kind):
     norm.hook_scale.add_hook(lambda scale, hook: shapes.append(tuple(scale.shape)))
     assert_close_to(norm.of_heads(x), truth, atol=1e-12)
     assert shapes == [AXES[kind]]
+
+
+def test_behind_the_rotation():
+    """Gains differ between channels, so that they do not commute with it."""
+    cfg = tiny("llama", use_qk_norm=True, qk_norm_kind="behind_rotary", dtype=torch.float64)
+    model = ours("llama", use_qk_norm=True, qk_norm_kind="behind_rotary", dtype=torch.float64)
+    attn = model.blocks[0].attn
+    with torch.no_grad():
+        attn.q_norm.w.uniform_(0.5, 2.0)
+        _, cache = model.run_with_cache(prompts())
+        turned = attn.apply_rotary(cache["q", 0])
+    want = F.rms_norm(turned, (cfg["d_head"],), attn.q_norm.w, attn.q_norm.eps)
+    assert_close_to(cache["rot_q", 0], want, atol=1e-12)
+    before = attn.apply_rotary(F.rms_norm(cache["q", 0], (cfg["d_head"],), attn.q_norm.w))
+    assert (before - want).abs().max() > 1e-2
+    with pytest.raises(ConfigError, match="needs 'rotary'"):
+        HookedTransformerConfig(**tiny("gpt2", qk_norm_kind="behind_rotary"))
 
 
 def test_none_is_made_unless_asked():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastlens import HookedTransformer
-from fastlens.components.rotary_tables import rotary_tables, table_rows
+from fastlens import HookedTransformer, TransformerLensKeyValueCache
+from fastlens.components.rotary_tables import rotary_tables, table_rows, turns_long
 from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ConfigError, ShapeError
 from tests.close import assert_close_to
 from tests.configs import tiny
 from tests.models import prompts, randomise
@@ -142,3 +143,56 @@ def test_longrope_of_a_text_is_decided_by_its_own_length():
         assert_close_to(both[1:, 4:], model(tokens[1:, 4:]), atol=1e-12)
         # A short beginning of a long text is turned otherwise than the same text alone.
         assert not torch.allclose(both[:1, :3], model(tokens[:1, :3]))
+
+
+def test_a_kv_cache_does_not_turn_into_a_long_texts():
+    """In all layers but the first its keys were made with the other frequencies."""
+    model = HookedTransformer(longrope(dtype=torch.float64)).eval()
+    randomise(model)
+    tokens = prompts(2, 9)
+    with torch.no_grad():
+        for start, mask in ((4, None), (7, torch.tensor([[0] * 3 + [1] * 6, [1] * 9]))):
+            past = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
+            first = {} if mask is None else {"attention_mask": mask[:, :start]}
+            rest = {} if mask is None else {"attention_mask": mask[:, start:]}
+            model(tokens[:, :start], past_kv_cache=past, **first)
+            with pytest.raises(ShapeError, match="of 4 tokens in a KV cache goes on beyond 5"):
+                model(tokens[:, start:], past_kv_cache=past, **rest)
+        # From one long text to a longer one nothing changes.
+        past = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
+        model(tokens[:, :6], past_kv_cache=past)
+        assert_close_to(
+            model(tokens[:, 6:], past_kv_cache=past), model(tokens)[:, 6:], atol=1e-12
+        )
+    lengths = torch.tensor([0, 2, 5, 6])
+    assert turns_long(model.cfg, lengths, lengths + 4).tolist() == [False, True, True, False]
+
+
+def test_generation_runs_a_text_that_turned_long_again():
+    model = HookedTransformer(longrope()).eval()
+    randomise(model)
+    options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "output_logits": True}
+    embeds = model.embed(prompts(2, 3))
+    for prompt in (prompts(2, 3), embeds):
+        kinds = {"return_type": "tokens"}
+        found = model.generate(prompt, 6, **options, **kinds)
+        wanted = model.generate(prompt, 6, use_past_kv_cache=False, **options, **kinds)
+        for one, other in zip(found.logits, wanted.logits, strict=True):
+            assert_close_to(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"longrope_long_factor": None}, "longrope_short_factor has 4 entries and"),
+        ({"longrope_short_factor": [1.0]}, "each of the 4 rotary frequencies"),
+        ({"use_yarn_rope": True}, "another scaling"),
+        ({"rotary_scaling_factor": 2.0}, "another scaling"),
+    ],
+)
+def test_longrope_fields_fit_together(changes, words):
+    fields = {
+        "longrope_short_factor": [1.0] * 4, "longrope_long_factor": [2.0] * 4, **changes
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=words):
+        HookedTransformerConfig(**tiny("llama", **fields))

@@ -346,3 +346,14 @@ def test_rotary_tables_grow_with_the_longest_row(monkeypatch):
     turned = finished_qkv(attn, q, k, v, torch.tensor([1, 9]))
     again = finished_qkv(ours("llama").blocks[0].attn, q, k, v, torch.tensor([1, 9]))
     assert torch.equal(turned[0], again[0]) and attn.rotary_cos.shape[0] >= 10
+
+
+def test_a_layer_without_rotary_turns_nothing_whatever_its_tables_hold():
+    """A state dict of another model may bring the tables of layers that rotate."""
+    model = ours("llama", rotary_layers=[True, False, True])
+    model.load_state_dict(ours("llama").state_dict())
+    attn = model.blocks[1].attn
+    assert attn.rotary_sin.abs().max() > 0
+    q, k, v = (torch.randn(2, n, 8) for n in (4, 2, 2))
+    for found, given in zip(finished_qkv(attn, q, k, v, torch.tensor([1, 9])), (q, k, v)):
+        assert torch.equal(found, given)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlens.errors import ConfigError
+from fastlens.errors import ConfigError, GradientError
 from fastlens.kernels.masks import AttentionRule
 from fastlens.kernels.reference_attention import attention_scores
 from fastlens.ops.attention_sinks import attention_with_sinks, pattern_from, share_of_keys
@@ -75,3 +75,11 @@ def test_patterns():
 def test_no_soft_cap():
     with pytest.raises(ConfigError, match="soft-cap of 5.0"):
         attention_with_sinks(*inputs(), AttentionRule(3.0, soft_cap=5.0))
+
+
+def test_no_gradient_of_a_bias():
+    bias = torch.zeros(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(GradientError, match="bias requires one"):
+        attention_with_sinks(*inputs(), AttentionRule(3.0), bias=bias)
+    with torch.no_grad():
+        attention_with_sinks(*inputs(), AttentionRule(3.0), bias=bias)

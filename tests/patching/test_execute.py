@@ -314,8 +314,8 @@ def test_a_wave_that_is_wrong_is_found_out_in_every_metric(monkeypatch, metric):
     """A fault of ours would be caught too."""
     from fastlens.patching import wave_layer
 
-    right = wave_layer.normalized
-    monkeypatch.setattr(wave_layer, "normalized", lambda norm, x: 1.01 * right(norm, x))
+    right = wave_layer.read
+    monkeypatch.setattr(wave_layer, "read", lambda block, norm, x: 1.01 * right(block, norm, x))
     with pytest.raises(SweepError, match="differs by") as caught:
         sweep(ours("gpt2"), *pair(), metric=[METRIC, kl_divergence()])
     assert caught.value.scores.plan["strategy"] == WAVE

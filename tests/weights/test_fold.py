@@ -292,3 +292,12 @@ def test_refactoring_needs_one_qk_matrix():
         fold.process_state_dict(
             random_state(cfg), cfg, **{**OFF, "refactor_factored_attn_matrices": True}
         )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_qk_norm": True}, {"use_attention_sinks": True}, {"clip_qkv": 0.5}]
+)
+def test_refactoring_needs_nothing_between_the_factors(changes):
+    cfg = HookedTransformerConfig(**tiny("gpt2", **changes))
+    with pytest.raises(ConfigError, match="QK-norms, clipping or attention sinks"):
+        fold.possible_flags(cfg, refactor_factored_attn_matrices=True)

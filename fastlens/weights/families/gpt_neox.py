@@ -28,17 +28,11 @@ def _heads_together(tensor: Tensor, config: dict[str, Any]) -> Tensor:
     return apart.transpose(0, 1).reshape(tensor.shape)
 
 
-# transformers 4.46 to 4.57 wrote both names of each, and reads the second.
-_RENAMED = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+# Second names of the base and the rotated share, which transformers 4.46 to 4.57 wrote.
+_UNREAD = {"rope_theta", "partial_rotary_factor"}
 
 
 def _rotary(config: dict[str, Any]) -> dict[str, Any]:
-    for new, old in _RENAMED.items():
-        if config.get(new) is not None and config[new] != config.get(old):
-            raise ConfigError(
-                f"the config has {new}={config[new]} and {old}={config.get(old)}, of which "
-                f"transformers reads the second. Give both the value that is meant."
-            )
     d_head = config.get("hidden_size", 6144) // config.get("num_attention_heads", 64)
     rotary = rotary_fields(
         config,
@@ -47,6 +41,15 @@ def _rotary(config: dict[str, Any]) -> dict[str, Any]:
         theta_name="rotary_emb_base",
         fraction=config.get("rotary_pct", 0.25),
     )
+    base, share = config.get("rope_theta"), config.get("partial_rotary_factor")
+    if base not in (None, rotary["rotary_base"]) or (
+        share is not None and int(d_head * share) != rotary["rotary_dim"]
+    ):
+        raise ConfigError(
+            f"the config has rope_theta={base} and partial_rotary_factor={share}, which transformers "
+            f"does not read: it takes {rotary['rotary_base']} and {rotary['rotary_dim']} of "
+            f"{d_head} channels from rotary_emb_base and rotary_pct. Give both what is meant."
+        )
     return {"d_head": d_head, **rotary}
 
 
@@ -143,7 +146,7 @@ FAMILY = Family(
     },
     fixed={"normalization_type": "LN"},
     derive=_rotary,
-    reads=frozenset({"rope_parameters", "rope_scaling", *_RENAMED, *_RENAMED.values()}),
+    reads=frozenset({"rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base", *_UNREAD}),
     switches={SWITCH: True},
     ignored=frozenset(DROPOUT),
     keys=KEYS,

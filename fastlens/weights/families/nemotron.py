@@ -38,7 +38,8 @@ FAMILY = replace(
     derive=_derive,
     reads=llama.FAMILY.reads | {"partial_rotary_factor"},
     only={},
-    ignored=frozenset({"attention_dropout"}),
+    # No dropout in eval mode; the head size under the name of the library that trained it.
+    ignored=frozenset({"attention_dropout", "kv_channels"}),
     keys=KEYS,
     aliases={},
     repositories=("nvidia/Minitron-4B-Base", "nvidia/Minitron-8B-Base"),
