@@ -82,10 +82,11 @@ class HookedTransformerConfig:
     every head with one gain for all (Qwen-3, Gemma-3), "joined" one RMS norm over the channels of
     all heads (OLMo-2, OLMoE), "layer_norm" a LayerNorm of every head with gains of its own and no
     bias (Cohere, StableLM), "shared_layer_norm" one with a gain and a bias for all heads
-    (Persimmon), "behind_rotary" the first one after the rotation (HunYuan). ``rotary_layers``: which layers rotate queries and keys; None is all of
-    them (SmolLM-3, Cohere-2 and Exaone-4 have layers without positions). ``longrope_*``: what each
-    rotary frequency is divided by in texts up to ``longrope_original_ctx_len`` tokens, and in longer
-    ones, and what sine and cosine are multiplied with (Ding et al. 2402.13753; Phi-3, Phi-4-mini).
+    (Persimmon), "behind_rotary" the first one after the rotation (HunYuan). ``rotary_layers``:
+    which layers rotate queries and keys; None is all of them (SmolLM-3, Cohere-2 and Exaone-4 have
+    layers without positions). ``longrope_*``: what each rotary frequency is divided by in texts up
+    to ``longrope_original_ctx_len`` tokens, and in longer ones, and what sine and cosine are
+    multiplied with (Ding et al. 2402.13753; Phi-3, Phi-4-mini).
     ``encoder``: how an encoder differs from BERT.
 
     Of mixtures of experts: ``softmax_after_top_k``: over the chosen experts alone, not over all.

@@ -24,7 +24,7 @@ def models(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the model names that can be loaded, or show one model's config without its weights.
+    """List the models that can be loaded by name, or show one's config.
 
     Any hub repository, local folder or .gguf file of a listed architecture loads too, whatever its
     name. Of a repository, --config fetches config.json and the tokenizer's files.

@@ -34,8 +34,9 @@ def _by_table(
     """A plain state dict by a table; what it lacks is left out."""
     out: dict[str, Tensor] = {}
     for pattern, key in keys.items():
-        layers = range(cfg.n_layers) if "{l}" in pattern else (None,)
-        for layer in layers if key is not None else ():
+        if key is None:
+            continue
+        for layer in range(cfg.n_layers) if "{l}" in pattern else (None,):
             name = pattern.format(l=layer)
             if name in tensors:
                 views = key.view(tensors[name], cfg)

@@ -22,7 +22,7 @@ from fastlens.components.layout import (
 )
 from fastlens.components.position_methods import PositionMethods
 from fastlens.components.qk_norm import make_qk_norm
-from fastlens.components.rotary_tables import rotary_tables, table_rows, turns_long
+from fastlens.components.rotary_tables import check_same_table, rotary_tables, table_rows
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError, ShapeError
 from fastlens.factored_matrix import FactoredMatrix
@@ -62,7 +62,7 @@ class AbstractAttention(PositionMethods, nn.Module):
     # What a run shows this layer's queries and keys to, for its cache.
     tap: AttentionTap | None = None
     # One score a head beside every row's, where the config has attention sinks.
-    sinks: nn.Parameter | None = None
+    sinks: nn.Parameter | None
     # The leaves that hold keys and values; grouped attention names them with an underscore.
     KEY_VALUE_NAMES = ("W_K", "W_V", "b_K", "b_V")
 
@@ -132,6 +132,7 @@ class AbstractAttention(PositionMethods, nn.Module):
         self.W_O = nn.Parameter(output_heads(w_o, cfg.n_heads))
         self.b_Q = b_q
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model, dtype=cfg.dtype))
+        self.sinks = None
         if cfg.use_attention_sinks:
             self.sinks = nn.Parameter(torch.zeros(cfg.n_heads, dtype=cfg.dtype))
         for name, leaf in zip(self.KEY_VALUE_NAMES, (w_k, w_v, b_k, b_v), strict=True):
@@ -399,12 +400,16 @@ class AbstractAttention(PositionMethods, nn.Module):
             k = self.k_norm.of_heads(self.apply_rotary(k, 0, attention_mask))
             return self.hook_rot_q(q), self.hook_rot_k(k)
         both = None
-        if offset == 0 and not (is_live(self.hook_rot_q) or is_live(self.hook_rot_k)):
+        looked_at = is_live(self.hook_rot_q) or is_live(self.hook_rot_k)
+        if offset == 0 and not looked_at:
             both = neighbour_heads(q, k)
         ours = type(self).apply_rotary is AbstractAttention.apply_rotary
         if both is not None and ours and "apply_rotary" not in self.__dict__:
             q, k = self.apply_rotary(both, 0, attention_mask).split([q.shape[2], k.shape[2]], 2)
             return q, k
+        if looked_at and not self.rotates:
+            # Hooks that write in place must write neither to a KV cache nor to what is captured.
+            q, k = q.clone(), k.clone()
         q = self.hook_rot_q(self.apply_rotary(q, offset, attention_mask))
         # Keys are kept unrotated, so all of them are turned, from position 0.
         return q, self.hook_rot_k(self.apply_rotary(k, 0, attention_mask))
@@ -432,7 +437,7 @@ class AbstractAttention(PositionMethods, nn.Module):
                 positions = get_offset_position_ids(past_kv_pos_offset, attention_mask)
                 lengths = attention_mask.sum(1)
             if past_kv_pos_offset and not has_one_table:
-                self._refuse_other_table(past_kv_pos_offset, attention_mask, lengths)
+                check_same_table(self.cfg, past_kv_pos_offset, attention_mask, lengths)
             places = table_rows(self.cfg, positions, lengths)
             self.grow_tables(end if has_one_table else int(places.max()) + 1)
             cos, sin = self.rotary_cos[places], self.rotary_sin[places]
@@ -440,21 +445,12 @@ class AbstractAttention(PositionMethods, nn.Module):
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return rotary(x, cos, sin, self.cfg.rotary_adjacent_pairs)
 
-    def _refuse_other_table(
-        self, offset: int, attention_mask: Tensor | None, lengths: Tensor
-    ) -> None:
-        before = torch.full_like(lengths, offset)
-        if attention_mask is not None:
-            before = attention_mask[:, :offset].sum(1)
-        turns = turns_long(self.cfg, before, lengths)
-        if bool(turns.any()):
-            raise ShapeError(
-                f"a text of {int(before[turns].max())} tokens in a KV cache goes on beyond "
-                f"{self.cfg.longrope_original_ctx_len}, from where LongRoPE turns all of its "
-                f"tokens otherwise. Run the whole text again into a new cache, as generate does."
-            )
-
     # -- moving and loading ------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickled before there were sinks. A class attribute would hide the parameter.
+        kept = {} if "sinks" in state["_parameters"] else {"sinks": None}
+        super().__setstate__({**kept, **state})
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AbstractAttention":
         before = self.W_O.dtype, self.W_O.device

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlens.config import HookedTransformerConfig
+from fastlens.errors import ShapeError
 
 
 def rotary_tables(
@@ -128,6 +129,25 @@ def turns_long(
         return torch.zeros_like(before, dtype=torch.bool)
     behind = cfg.longrope_original_ctx_len
     return (before > 0) & (before <= behind) & (after > behind)
+
+
+def check_same_table(
+    cfg: Any,
+    offset: int,
+    attention_mask: Int[Tensor, "batch all_pos"] | None,
+    lengths: Int[Tensor, " batch"],
+) -> None:
+    """Raises ShapeError for a text in a KV cache, ``offset`` columns, that turns into a long one."""
+    before = torch.full_like(lengths, offset)
+    if attention_mask is not None:
+        before = attention_mask[:, :offset].sum(1)
+    turns = turns_long(cfg, before, lengths)
+    if bool(turns.any()):
+        raise ShapeError(
+            f"a text of {int(before[turns].max())} tokens in a KV cache goes on beyond "
+            f"{cfg.longrope_original_ctx_len}, from where LongRoPE turns all of its tokens "
+            f"otherwise. Run the whole text again into a new cache, as generate does."
+        )
 
 
 def _by_parts(frequencies: Tensor, cfg: HookedTransformerConfig) -> Tensor:

@@ -3,7 +3,6 @@
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlens.errors import ConfigError, GradientError
 from fastlens.kernels.attention_gradients import attention_gradients
@@ -30,9 +29,10 @@ def attention_with_sinks(
     Args:
         sinks: In nats, one for each query head.
 
-    Numerics: as attention; the factor in float32 at least. Differentiable in q, k, v and sinks,
-    once; not in ``bias``.
-    Cost: attention; its gradient is twice attention's.
+    Numerics: as attention; the factor in float32 at least. Differentiable in q, k, v and sinks, not
+    in ``bias``.
+    Cost: attention; its gradient is twice attention's. With ``create_graph=True`` all scores are
+    held.
     Raises: ConfigError for a soft-cap, which no model has together with sinks; GradientError if
         ``bias`` wants a gradient.
     """
@@ -87,7 +87,6 @@ class _WithLse(torch.autograd.Function):
         return z, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_z, grad_lse):  # type: ignore[no-untyped-def]
         q, k, v, key_mask, bias = ctx.saved_tensors
         rest = ctx.rule, ctx.offset, key_mask, bias
@@ -95,5 +94,6 @@ class _WithLse(torch.autograd.Function):
         # d lse / d score is the pattern: a mixture of keys for q, and the other way round for k.
         to_lse = (grad_lse.transpose(1, 2) / ctx.rule.scale)[..., None].to(q.dtype)
         to_q = attention(q, k, k, *rest) * to_lse
-        to_k = attention_gradients(q, k, k, *rest, q * to_lse).v
+        # An alias: its gradient is that of the values alone, where one is recorded (create_graph).
+        to_k = attention_gradients(q, k, k.view_as(k), *rest, q * to_lse).v
         return of_z.q + to_q, of_z.k + to_k, of_z.v, None, None, None, None

@@ -110,6 +110,6 @@ def _of_files(name: str, files: list[str]) -> tuple[str, dict[int, str], list[in
 
 def _unknown(name: str) -> ModelNameError:
     return ModelNameError(
-        f"the checkpoints of {name!r} were asked, but no list of them is known. Give the hub "
-        f"revision that holds one to from_pretrained: revision=."
+        f"the checkpoints of {name!r} were asked, but no list of its checkpoints is known. Give "
+        f"the hub revision that holds one to from_pretrained: revision=."
     )

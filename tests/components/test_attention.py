@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from fastlens import TransformerLensKeyValueCache
 from fastlens.components.attention import Attention, GroupedQueryAttention
 from fastlens.config import HookedTransformerConfig
 from fastlens.errors import ConfigError
 from tests.close import assert_close_to
 from tests.configs import tiny
+from tests.models import ours, prompts
 
 
 def build(name="gpt2", cls=Attention, attn_type="global", layer_id=0, **changes):
@@ -94,3 +96,28 @@ def test_bad_arguments():
         build(attn_type="local")
     with pytest.raises(ConfigError, match="layer_id"):
         build("inverse_layer_scale", layer_id=None)
+
+
+def test_layers_without_rotary_keep_what_hooks_behind_write_to_apart():
+    model = ours("llama", rotary_layers=[False, True, True], dtype=torch.float64)
+    place = "blocks.0.attn.hook_rot_k"
+    found = []
+    for halve in (lambda k, hook: k * 0.5, lambda k, hook: k.mul_(0.5).sum() and None):
+        past = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
+        with torch.no_grad(), model.hooks([(place, halve)]):
+            _, cache = model.run_with_cache(prompts(2), past_kv_cache=past)
+            logits = model(prompts(2, 2, 1), past_kv_cache=past)
+        found.append((cache["blocks.0.attn.hook_k"], past[0].past_keys, logits))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_attention_pickled_before_there_were_sinks():
+    for changes in ({}, {"use_attention_sinks": True}):
+        attn = build(**changes)
+        state = dict(attn.__dict__)
+        if not changes:
+            del state["sinks"]
+        again = Attention.__new__(Attention)
+        again.__setstate__(state)
+        assert again.sinks is attn.sinks

@@ -52,7 +52,7 @@ def test_revisions():
 
 @pytest.mark.parametrize("name", ["gpt2", "toy-induction", "someone/something"])
 def test_models_without_known_checkpoints(name):
-    with pytest.raises(ModelNameError, match="no list of them is known.*revision="):
+    with pytest.raises(ModelNameError, match="no list of its checkpoints is known.*revision="):
         get_checkpoint_labels(name)
 
 

@@ -34,6 +34,13 @@ def test_families_are_found_not_listed():
     assert all(family.name.replace("-", "_") == name for name, family in FAMILIES.entries.items())
 
 
+def test_tables_are_short():
+    """Half of them in 80 lines, every one in 160: a table is read, not studied."""
+    files = FAMILIES_FOLDER.glob("[!_]*.py")
+    lines = sorted(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    assert lines[len(lines) // 2] <= 80 and lines[-1] <= 160
+
+
 @pytest.mark.parametrize("family", list(FAMILIES), ids=lambda family: family.name)
 def test_tables_are_whole(family):
     """Every parameter has one key (or alternatives), and every switch is used."""

@@ -140,3 +140,18 @@ def test_config_values(official):
         own, cut = different.pop("n_ctx")
         assert own > cut and own == config.get_text_config().max_position_embeddings
     assert not different, different
+
+
+def test_default_bos_of_every_name():
+    """Whose text starts with BOS by default; padding is on the tokenizer's own side in both."""
+    different = {}
+    for official in OFFICIAL:
+        family = next((one for one in FAMILIES if official in one.hub_names()), None)
+        if family is None or family.config_class == "PretrainedConfig":
+            continue
+        with without_a_hub(transformers_config(official, family)) as loading:
+            theirs = loading.convert_hf_model_config(official).get("default_prepend_bos", True)
+        explained_one = explained(official, family.architectures[0], "default_prepend_bos")
+        if theirs != family.default_prepend_bos and not explained_one:
+            different[official] = theirs
+    assert not different, different

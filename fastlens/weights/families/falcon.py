@@ -82,7 +82,8 @@ falcon-180B-chat falcon-11B""".split()
 
 FAMILY = Family(
     name="falcon",
-    architectures=("FalconForCausalLM",),
+    # The second is the 7B's name from before transformers had the architecture.
+    architectures=("FalconForCausalLM", "RWForCausalLM"),
     config_class="FalconConfig",
     prefix="transformer.",
     config={

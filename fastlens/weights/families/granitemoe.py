@@ -23,6 +23,8 @@ FAMILY = replace(
         **granite.FAMILY.factors,
         "blocks.{l}.mlp.experts.{e}.W_out.weight": _RESIDUAL,
     },
+    # Written by transformers 4.57, and the only kind there is.
+    only={"position_embedding_type": "rope"},
     switches={llama.SWITCH: False},
     ignored=mixtral.TRAINING | {"attention_dropout"},
     keys={

@@ -98,8 +98,8 @@ FAMILY = Family(
     fixed={"normalization_type": "RMS", "final_rms": True, "gated_mlp": True},
     derive=heads_and_rotary,
     reads=ROTARY_ATTRIBUTES | {"head_dim", "num_key_value_heads"},
-    # Left in SmolLM2's configs by the library that trained it.
-    only={"is_llama_config": True, "rope_interleaved": False},
+    # Left in SmolLM2's and Falcon 3's configs by the libraries that trained them.
+    only={"is_llama_config": True, "rope_interleaved": False, "activation": "swiglu"},
     switches={SWITCH: False, "mlp_bias": False},
     # No dropout in eval mode; pretraining_tp cut the same products into slices.
     ignored=frozenset({"attention_dropout", "pretraining_tp"}),

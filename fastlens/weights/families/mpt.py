@@ -18,8 +18,8 @@ _ONLY = {
     "qk_ln": (False,),
 }
 _NORMS = ("low_precision_layernorm", "layernorm")
-# How it is computed, dropout, and a mask that only training passes.
-_IGNORED = HARMLESS | {"attn_impl", "attn_pdrop", "attn_uses_sequence_id"}
+# How it is computed, dropout, a mask that only training passes, and what every config has.
+_IGNORED = HARMLESS | {"attn_impl", "attn_pdrop", "attn_uses_sequence_id", "tie_word_embeddings"}
 
 
 def _attention(config: dict[str, Any]) -> dict[str, Any]:

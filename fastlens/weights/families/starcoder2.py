@@ -53,7 +53,8 @@ FAMILY = replace(
     # No dropout in eval mode. transformers reads norm_epsilon and hidden_act, not other names.
     ignored=frozenset(
         """attention_dropout residual_dropout embedding_dropout attention_softmax_in_fp32
-        scale_attention_softmax_in_fp32 layer_norm_epsilon rms_norm_eps activation_function""".split()
+        scale_attention_softmax_in_fp32 layer_norm_epsilon rms_norm_eps
+        activation_function""".split()
     ),
     keys=KEYS,
     aliases={},

@@ -7,9 +7,14 @@ import torch
 
 from fastlens import HookedTransformer
 from fastlens.errors import ConfigError, WeightsError
+from fastlens.patching.metrics import answer_logit
+from fastlens.patching.query import plan
+from fastlens.patching.sites import available_sites
+from fastlens.patching.strategy import WAVE
 from fastlens.weights.families.neel import FAMILY
 from fastlens.weights.source import open_source
 from tests.close import assert_close_to
+from tests.patching import against_hooks
 from tests.weights.families.facts import check_aliases
 from tests.weights.families.generated import tokens_of
 from tests.weights.toys import RUN, SIZES, random_weights, save_toy
@@ -90,6 +95,25 @@ def test_old_layouts(n_layers, tmp_path):
     with torch.no_grad():
         assert_close_to(ours(tokens_of()), theirs(tokens_of()), atol=1e-5, name="logits")
     assert ours.cfg.original_architecture == "neel-solu-old"
+
+
+@pytest.mark.parametrize("case", ["solu", "shortformer", "pile"])
+def test_sweeps_go_by_the_wave(case, tmp_path):
+    """Every site, and what it gives is what hooked runs give."""
+    config = config_of(case)
+    folder = save_toy(tmp_path, config, random_weights(config))
+    model = HookedTransformer.from_pretrained_no_processing(
+        folder, verbose=False, dtype=torch.float64
+    )
+    clean, corrupted = tokens_of(1, 4, 0), tokens_of(1, 4, 1)
+    for site in available_sites(model.cfg, model.hook_dict):
+        query = plan(model, clean, corrupted, sites=site, metric=answer_logit(0))
+        assert query.strategy.name == WAVE, (site, query.strategy)
+    mask = against_hooks.mask_of("left", 2, 6)
+    cache = against_hooks.every_activation(model, 2, 6, mask)
+    runs = against_hooks.mixed_runs(model, 2, 6, cache, n_multi=4)
+    pair = against_hooks.pairs(2, 6)
+    against_hooks.check(against_hooks.planned(model, *pair, runs, mask=mask))
 
 
 def test_biases_that_are_absent_are_zero(tmp_path):
