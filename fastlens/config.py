@@ -24,8 +24,8 @@ INIT_MODES = (
 SOFTCAP_OFF = -1.0
 QK_NORMS = ("head", "joined", "layer_norm", "shared_layer_norm", "behind_rotary")
 # TransformerLens knows these two mechanisms by the architecture's name.
-_NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
-_JOINED_QK_NORM = (*_NORM_AFTER, "OlmoeForCausalLM")
+NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+_JOINED_QK_NORM = (*NORM_AFTER, "OlmoeForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class HookedTransformerConfig:
 
     def _name_mechanisms(self) -> None:
         """Say in fields what TransformerLens knows by the architecture's name."""
-        if self.original_architecture in _NORM_AFTER:
+        if self.original_architecture in NORM_AFTER:
             self.norm_after_sublayer = True
         if self.original_architecture in _JOINED_QK_NORM:
             self.use_qk_norm, self.qk_norm_kind = True, "joined"

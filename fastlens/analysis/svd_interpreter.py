@@ -52,7 +52,8 @@ class SVDInterpreter:
         Args:
             vector_type: ``"OV"``: what a head writes, of ``W_V @ W_O``. ``"w_in"``: what the MLP
                 reads, of ``W_in`` transposed, times the gain of ``ln2`` where that is not folded.
-                ``"w_out"``: what the MLP writes.
+                ``"w_out"``: what the MLP writes. What is written is taken before a norm behind the
+                sublayer, if there is one (OLMo-2, Gemma-2).
             layer_index: Counted from 0.
             num_vectors: How many; no more than the matrix has singular values.
             head_index: Needed for ``"OV"``. Under grouped attention, a query head.

@@ -150,12 +150,18 @@ class AbstractAttention(PositionMethods, nn.Module):
 
     @property
     def OV(self) -> FactoredMatrix:
-        """``W_V @ W_O`` per head: what a head writes when it attends to a token."""
+        """``W_V @ W_O`` per head: what a head writes when it attends to a token.
+
+        A norm behind attention, if there is one (OLMo-2, Gemma-2), comes after that.
+        """
         return FactoredMatrix(self.W_V, self.W_O)  # type: ignore[arg-type]
 
     @property
     def QK(self) -> FactoredMatrix:
-        """``W_Q @ W_K.T`` per head: which token a head looks for, rows query, columns key."""
+        """``W_Q @ W_K.T`` per head: which token a head looks for, rows query, columns key.
+
+        Without what stands between the two: QK-norms, clipping, rotary positions.
+        """
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))  # type: ignore[operator]
 
     # -- forward -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch.nn as nn
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlens.config import HookedTransformerConfig
+from fastlens.config import NORM_AFTER, HookedTransformerConfig
 from fastlens.hooks.point import HookPoint, is_live
 from fastlens.ops.norm import layer_norm, rms_norm
 
@@ -121,9 +121,7 @@ def make_norm(
 
 def norm_before(cfg: Any, name: str) -> str | None:
     """The norm between the stream and attention ("ln1") or MLP ("ln2"); None if there is none."""
-    if cfg.normalization_type is None or getattr(cfg, "norm_after_sublayer", False):
-        return None
-    return name
+    return None if cfg.normalization_type is None or _stands_behind(cfg) else name
 
 
 def norm_behind(cfg: Any, name: str) -> str | None:
@@ -136,7 +134,13 @@ def norm_behind(cfg: Any, name: str) -> str | None:
         return None
     if getattr(cfg, "use_normalization_before_and_after", False):
         return f"{name}_post"
-    return name if getattr(cfg, "norm_after_sublayer", False) else None
+    return name if _stands_behind(cfg) else None
+
+
+def _stands_behind(cfg: Any) -> bool:
+    # TransformerLens' config knows it by the architecture's name.
+    is_known = getattr(cfg, "original_architecture", None) in NORM_AFTER
+    return getattr(cfg, "norm_after_sublayer", is_known)
 
 
 def final_norm(cfg: HookedTransformerConfig) -> nn.Module | None:

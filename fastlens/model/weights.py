@@ -129,12 +129,18 @@ class StackedWeights:
 
     @property
     def QK(self) -> FactoredMatrix:
-        """``W_Q @ W_K.T`` of every head: [layer, head, d_model, d_model], factored."""
+        """``W_Q @ W_K.T`` of every head: [layer, head, d_model, d_model], factored.
+
+        Without what stands between the two: QK-norms, clipping, rotary positions.
+        """
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
     @property
     def OV(self) -> FactoredMatrix:
-        """``W_V @ W_O`` of every head: [layer, head, d_model, d_model], factored."""
+        """``W_V @ W_O`` of every head: [layer, head, d_model, d_model], factored.
+
+        A norm behind attention, if there is one (OLMo-2, Gemma-2), comes after that.
+        """
         return FactoredMatrix(self.W_V, self.W_O)
 
     @property
@@ -170,7 +176,7 @@ class WeightsMixin(StackedWeights):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Sum of the output biases of all layers before ``layer``.
+        """Sum of the output biases of all layers before ``layer``, before a norm behind a sublayer.
 
         Args:
             layer: 0 (no layers) to n_layers (all of them).

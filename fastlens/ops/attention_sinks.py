@@ -93,7 +93,11 @@ class _WithLse(torch.autograd.Function):
         of_z = attention_gradients(q, k, v, *rest, grad_z)
         # d lse / d score is the pattern: a mixture of keys for q, and the other way round for k.
         to_lse = (grad_lse.transpose(1, 2) / ctx.rule.scale)[..., None].to(q.dtype)
-        to_q = attention(q, k, k, *rest) * to_lse
-        # An alias: its gradient is that of the values alone, where one is recorded (create_graph).
-        to_k = attention_gradients(q, k, k.view_as(k), *rest, q * to_lse).v
-        return of_z.q + to_q, of_z.k + to_k, of_z.v, None, None, None, None
+        to_q, to_k = of_z.q, of_z.k
+        if ctx.needs_input_grad[0] and to_q is not None:
+            to_q = to_q + attention(q, k, k, *rest) * to_lse
+        if ctx.needs_input_grad[1] and to_k is not None:
+            # An alias: its gradient is that of the values alone, where one is recorded.
+            of_lse = attention_gradients(q, k, k.view_as(k), *rest, q * to_lse).v
+            to_k = to_k if of_lse is None else to_k + of_lse
+        return to_q, to_k, of_z.v, None, None, None, None

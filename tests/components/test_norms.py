@@ -82,3 +82,13 @@ def test_where_norms_stand():
     for where in ({}, {"norm_after_sublayer": True}, {"use_normalization_before_and_after": True}):
         none = HookedTransformerConfig(**tiny("no_norm", **where))
         assert (before(none, "ln1"), behind(none, "ln1")) == (None, None)
+
+
+@pytest.mark.tl
+def test_where_norms_stand_in_transformer_lens_models():
+    tl = pytest.importorskip("transformer_lens")
+    for name in ("llama", "olmo2", "post_norm"):
+        theirs = tl.HookedTransformerConfig(**tiny(name))
+        ours = HookedTransformerConfig(**tiny(name))
+        for where in (norm_before, norm_behind):
+            assert where(theirs, "ln1") == where(ours, "ln1"), name

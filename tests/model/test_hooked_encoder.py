@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastlens import HookedTransformer
+from fastlens.config import EncoderConfig
 from fastlens.errors import (
     ConfigError,
     FlagError,
@@ -482,6 +483,16 @@ def test_initial_weights_follow_the_seed():
     [
         ({"positional_embedding_type": "rotary"}, "'standard'"),
         ({"d_vocab": -1}, "d_vocab is not set"),
+        (
+            {
+                "positional_embedding_type": "rotary",
+                "rotary_dim": 4,
+                "encoder": EncoderConfig(pre_norm=True),
+                "longrope_short_factor": [1.0, 2.0],
+                "longrope_long_factor": [1.0, 4.0],
+            },
+            "an encoder counts positions over padding",
+        ),
     ],
 )
 def test_configs_that_cannot_be_built(changes, words):

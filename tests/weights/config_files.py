@@ -27,6 +27,19 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
         "rope_theta": 10000, "vocab_size": 256000,
     },
+    "Baichuan2-13B-Chat": {
+        "_from_model_config": True, "architectures": ["BaichuanForCausalLM"], "hidden_act": "silu",
+        "hidden_size": 5120, "intermediate_size": 13696, "model_max_length": 4096,
+        "model_type": "baichuan", "num_attention_heads": 40, "num_hidden_layers": 40,
+        "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "vocab_size": 64000,
+    },
+    "Baichuan2-7B-Chat": {
+        "_from_model_config": True, "architectures": ["BaichuanForCausalLM"], "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_max_length": 4096, "model_type": "baichuan", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
+        "vocab_size": 125696, "z_loss_weight": 0,
+    },
     "bert-base-uncased": {
         "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1,
         "classifier_dropout": None, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
@@ -144,6 +157,14 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 20, "num_hidden_layers": 6, "position_embedding_type": "rotary",
         "token_dropout": True, "vocab_list": None, "vocab_size": 33,
     },
+    "EXAONE-3.0-7.8B-Instruct": {
+        "activation_function": "silu", "architectures": ["ExaoneForCausalLM"],
+        "attention_dropout": 0.0, "embed_dropout": 0.0, "hidden_size": 4096,
+        "intermediate_size": 14336, "layer_norm_epsilon": 1e-05, "max_position_embeddings": 4096,
+        "model_type": "exaone", "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_layers": 32, "rope_scaling": None, "rope_theta": 500000.0,
+        "tie_word_embeddings": False, "vocab_size": 102400,
+    },
     "EXAONE-4.0-32B": {
         "architectures": ["Exaone4ForCausalLM"], "attention_dropout": 0.0, "head_dim": 128,
         "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 27392,
@@ -226,6 +247,17 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 16,
         "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 256000,
     },
+    "GLM-4.5-Air": {
+        "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+        "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 10944, "max_position_embeddings": 131072, "model_type": "glm4_moe",
+        "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96,
+        "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8,
+        "num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False, "vocab_size": 151552,
+    },
     "gpt-j-6b": {
         "activation_function": "gelu_new", "architectures": ["GPTJForCausalLM"], "attn_pdrop": 0.0,
         "embd_pdrop": 0.0, "layer_norm_epsilon": 1e-05, "model_type": "gptj", "n_embd": 4096,
@@ -288,6 +320,28 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "model_type": "gpt_neox", "num_attention_heads": 40, "num_hidden_layers": 36,
         "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False,
         "use_parallel_residual": True, "vocab_size": 50688,
+    },
+    "Hy-MT2-7B": {
+        "add_classification_head": False, "architectures": ["HunYuanDenseV1ForCausalLM"],
+        "attention_bias": False, "attention_dropout": 0.1, "attention_head_dim": 128,
+        "cla_share_factor": 2, "class_num": 0, "dense_list": [4096, 0], "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 4096, "im_end_id": 5, "im_newline_id": 11,
+        "im_start_id": 4, "intermediate_size": 14336, "mask_init_id": 12,
+        "max_position_embeddings": 262144, "mlp_bias": False, "model_type": "hunyuan_v1_dense",
+        "norm_type": "rms", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "org_vocab_size": 128167, "pad_id": 127961, "pool_type": "last",
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"alpha": 1000.0,
+        "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "type": "dynamic"}, "rope_theta": 10000.0, "text_end_id": 7, "text_start_id": 6,
+        "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True,
+        "use_rotary_pos_emb": True, "vocab_size": 128167,
+    },
+    "Llama-2-13b-hf": {
+        "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 5120,
+        "intermediate_size": 13824, "max_position_embeddings": 4096, "model_type": "llama",
+        "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 40,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "tie_word_embeddings": False, "vocab_size": 32000,
     },
     "Llama-2-7b-chat-hf": {
         "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
@@ -595,6 +649,14 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "Qwen3-Embedding-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen3",
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+        "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151669,
+    },
     "roberta-base": {
         "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
         "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
@@ -674,6 +736,16 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 
 # Written from memory of the files.
 FROM_MEMORY: dict[str, dict[str, Any]] = {
+    "AFM-4.5B": {
+        "architectures": ["ArceeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "head_dim": 128, "hidden_act": "relu2", "hidden_size": 2560, "intermediate_size": 18432,
+        "max_position_embeddings": 65536, "mlp_bias": False, "model_type": "arcee",
+        "num_attention_heads": 20, "num_hidden_layers": 36, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0,
+        "factor": 20.0, "mscale": 1.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "type": "yarn"}, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "vocab_size": 128004,
+    },
     "albert-base-v2": {
         "architectures": ["AlbertForMaskedLM"], "model_type": "albert",
         "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "hidden_act": "gelu_new",
@@ -692,6 +764,13 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
         "original_max_position_embeddings": 8192, "rope_type": "llama3", "type": "llama3"},
         "rope_theta": 12000000, "tie_word_embeddings": False, "vocab_size": 131072,
+    },
+    "biogpt": {
+        "activation_dropout": 0.0, "architectures": ["BioGptForCausalLM"],
+        "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "hidden_size": 1024, "intermediate_size": 4096, "layer_norm_eps": 1e-12, "layerdrop": 0.0,
+        "max_position_embeddings": 1024, "model_type": "biogpt", "num_attention_heads": 16,
+        "num_hidden_layers": 24, "scale_embedding": True, "vocab_size": 42384,
     },
     "c4ai-command-r-plus": {
         "architectures": ["CohereForCausalLM"], "model_type": "cohere", "attention_bias": False,
@@ -720,6 +799,13 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "rotary_pct": 1.0, "sliding_window": 4096, "sliding_window_pattern": 4,
         "use_embedding_sharing": True, "use_gated_activation": True, "use_parallel_block": True,
         "use_parallel_embedding": True,
+    },
+    "camembert-base": {
+        "architectures": ["CamembertForMaskedLM"], "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768,
+        "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 514,
+        "model_type": "camembert", "num_attention_heads": 12, "num_hidden_layers": 12,
+        "type_vocab_size": 1, "vocab_size": 32005,
     },
     "codegen-350M-mono": {
         "architectures": ["CodeGenForCausalLM"], "model_type": "codegen",
@@ -777,6 +863,15 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True,
         "use_bias": False, "vocab_size": 103424,
+    },
+    "EXAONE-3.5-2.4B-Instruct": {
+        "activation_function": "silu", "architectures": ["ExaoneForCausalLM"],
+        "attention_dropout": 0.0, "embed_dropout": 0.0, "head_dim": 80, "hidden_size": 2560,
+        "intermediate_size": 7168, "layer_norm_epsilon": 1e-05, "max_position_embeddings": 32768,
+        "model_type": "exaone", "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_layers": 30, "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 1000000, "tie_word_embeddings": True, "vocab_size": 102400,
     },
     "EXAONE-4.0-1.2B": {
         "architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "attention_dropout": 0.0,
@@ -920,6 +1015,29 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-08, "rope_theta": 20000.0, "tie_word_embeddings": False,
         "vocab_size": 64000,
     },
+    "internlm2-7b (base)": {
+        "architectures": ["InternLM2ForCausalLM"], "bias": False, "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "internlm2", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 1000000, "tie_word_embeddings": False, "vocab_size": 92544,
+    },
+    "internlm2_5-7b": {
+        "architectures": ["InternLM2ForCausalLM"], "bias": False, "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 262144,
+        "model_type": "internlm2", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 2.5, "type": "dynamic"}, "rope_theta": 50000000,
+        "tie_word_embeddings": False, "vocab_size": 92544,
+    },
+    "MiniCPM3-4B": {
+        "architectures": ["MiniCPM3ForCausalLM"], "attention_bias": False, "dim_model_base": 256,
+        "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 6400, "kv_lora_rank": 256,
+        "max_position_embeddings": 32768, "model_type": "minicpm3", "num_attention_heads": 40,
+        "num_hidden_layers": 62, "num_key_value_heads": 40, "q_lora_rank": 768,
+        "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "rms_norm_eps": 1e-05, "scale_depth": 1.4,
+        "scale_emb": 12, "vocab_size": 73448,
+    },
     "Ministral-8B-Instruct-2410": {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "attention_dropout": 0.0,
         "hidden_act": "silu", "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "head_dim": 128,
@@ -979,6 +1097,13 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8, "output_router_logits": False, "rms_norm_eps": 1e-05,
         "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
     },
+    "persimmon-8b-base": {
+        "architectures": ["PersimmonForCausalLM"], "hidden_act": "relu2", "hidden_size": 4096,
+        "intermediate_size": 16384, "layer_norm_eps": 1e-05, "max_position_embeddings": 16384,
+        "model_type": "persimmon", "num_attention_heads": 64, "num_hidden_layers": 36,
+        "qk_layernorm": True, "rope_scaling": None, "rope_theta": 25000.0,
+        "partial_rotary_factor": 0.5, "tie_word_embeddings": False, "vocab_size": 262144,
+    },
     "phi-1_5": {
         "architectures": ["PhiForCausalLM"], "model_type": "phi", "attention_dropout": 0.0,
         "embd_pdrop": 0.0, "resid_pdrop": 0.0, "hidden_act": "gelu_new", "hidden_size": 2048,
@@ -993,6 +1118,17 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
         "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False,
         "use_parallel_residual": True, "vocab_size": 50304,
+    },
+    "Qwen-1_8B": {
+        "architectures": ["QWenLMHeadModel"], "attn_dropout_prob": 0.0, "bf16": False,
+        "emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 2048,
+        "intermediate_size": 11008, "kv_channels": 128, "layer_norm_epsilon": 1e-06,
+        "max_position_embeddings": 8192, "model_type": "qwen", "no_bias": True,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "onnx_safe": None,
+        "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True,
+        "seq_length": 8192, "tie_word_embeddings": False, "use_dynamic_ntk": True,
+        "use_flash_attn": "auto", "use_logn_attn": True, "vocab_size": 151936,
+        "softmax_in_fp32": False, "use_cache_kernel": False, "use_cache_quantization": False,
     },
     "Qwen1.5-0.5B": {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_dropout": 0.0,
@@ -1026,6 +1162,24 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "num_attention_heads": 40, "num_key_value_heads": 8, "max_position_embeddings": 40960,
         "max_window_layers": 64, "rope_theta": 1000000.0, "sliding_window": 32768,
         "tie_word_embeddings": False, "vocab_size": 152064,
+    },
+    "santacoder": {
+        "activation_function": "gelu_fast", "architectures": ["GPT2LMHeadCustomModel"],
+        "attention_head_type": "multiquery", "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_embd": 2048, "n_head": 16,
+        "n_inner": 8192, "n_layer": 24, "n_positions": 2048, "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.1, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True,
+        "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+        "summary_type": "cls_index", "summary_use_proj": True, "vocab_size": 49280,
+    },
+    "Seed-OSS-36B-Base": {
+        "architectures": ["SeedOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.1,
+        "attention_out_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+        "intermediate_size": 27648, "max_position_embeddings": 524288, "mlp_bias": False,
+        "model_type": "seed_oss", "num_attention_heads": 80, "num_hidden_layers": 64,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "residual_dropout": 0.1,
+        "rms_norm_eps": 1e-06, "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0,
+        "tie_word_embeddings": False, "vocab_size": 155136,
     },
     "SmolLM3-3B": {
         "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "attention_bias": False,
@@ -1074,6 +1228,13 @@ FROM_MEMORY: dict[str, dict[str, Any]] = {
         "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
         "summary_use_proj": True,
     },
+    "xglm-564M": {
+        "activation_dropout": 0, "activation_function": "gelu",
+        "architectures": ["XGLMForCausalLM"], "attention_dropout": 0.1, "attention_heads": 16,
+        "d_model": 1024, "decoder_start_token_id": 2, "dropout": 0.1, "ffn_dim": 4096,
+        "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "model_type": "xglm",
+        "num_layers": 24, "scale_embedding": True, "vocab_size": 256008,
+    },
     "xlm-roberta-base": {
         "architectures": ["XLMRobertaForMaskedLM"], "model_type": "xlm-roberta",
         "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
@@ -1096,6 +1257,7 @@ REFUSED: dict[str, str] = {
     "DeepSeek-V3 (quantised)": "quantised (fp8)",
     "GPT-J as GPTNeoForCausalLM": "jax=True, rotary=True, rotary_dim=64",
     "Apertus-8B": "transformers 4 computes that",
+    "Qwen-7B (first files)": "n_embd=4096",
     "stablelm-2-12b": "only the 12B release",
 }
 REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
@@ -1136,6 +1298,18 @@ REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False,
         "vocab_size": 131072,
     },
+    "Qwen-7B (first files)": {
+        "apply_residual_connection_post_layernorm": False, "architectures": ["QWenLMHeadModel"],
+        "attn_pdrop": 0.0, "bf16": False, "fp16": False, "fp32": False,
+        "bias_dropout_fusion": True, "embd_pdrop": 0.0, "ffn_hidden_size": 22016,
+        "kv_channels": 128, "layer_norm_epsilon": 1e-06, "model_type": "qwen", "n_embd": 4096,
+        "n_head": 32, "n_layer": 32, "n_positions": 8192, "no_bias": True, "onnx_safe": None,
+        "padded_vocab_size": 151936, "params_dtype": "torch.bfloat16", "pos_emb": "rotary",
+        "resid_pdrop": 0.1, "rotary_emb_base": 10000, "rotary_pct": 1.0,
+        "scale_attn_weights": True, "seq_length": 2048, "tie_word_embeddings": False,
+        "tokenizer_type": "QWenTokenizer", "use_flash_attn": "auto", "vocab_size": 151936,
+        "use_dynamic_ntk": True, "use_logn_attn": True,
+    },
     "stablelm-2-12b": {
         "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "hidden_act": "silu",
         "layer_norm_eps": 1e-05, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25,
@@ -1159,11 +1333,11 @@ ADDED: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention",
         "full_attention"] * 8,
     },
-    "DeepSeek-R1-Distill-Qwen-7B": {
-        "layer_types": ["full_attention"] * 28, "rope_scaling": None,
+    "camembert-base": {
+        "classifier_dropout": None, "position_embedding_type": "absolute",
     },
-    "DeepSeek-V2-Lite-Chat": {
-        "head_dim": 64, "mlp_bias": False,
+    "DeepSeek-V2-Lite-Chat (saved by transformers 5)": {
+        "rope_scaling": None, "rope_theta": 10000.0,
     },
     "DeepSeek-V3 (bf16)": {
         "head_dim": 64, "qk_head_dim": 192, "rope_interleave": True,
@@ -1247,11 +1421,17 @@ ADDED: dict[str, dict[str, Any]] = {
     "opt-1.3b": {
         "enable_bias": True, "layer_norm_elementwise_affine": True,
     },
+    "persimmon-8b-base": {
+        "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    },
     "Phi-3-medium-4k-instruct": {
         "partial_rotary_factor": 1.0,
     },
     "Qwen1.5-MoE-A2.7B-Chat": {
         "mlp_only_layers": [], "qkv_bias": True, "rope_scaling": None,
+    },
+    "Qwen2.5-0.5B": {
+        "layer_types": ["full_attention"] * 24, "rope_scaling": None,
     },
     "Qwen3-8B": {
         "layer_types": ["full_attention"] * 36,

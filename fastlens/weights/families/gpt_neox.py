@@ -46,9 +46,9 @@ def _rotary(config: dict[str, Any]) -> dict[str, Any]:
         share is not None and int(d_head * share) != rotary["rotary_dim"]
     ):
         raise ConfigError(
-            f"the config has rope_theta={base} and partial_rotary_factor={share}. transformers does "
-            f"not read them: it takes {rotary['rotary_base']} and {rotary['rotary_dim']} of {d_head} "
-            f"channels from rotary_emb_base and rotary_pct. Give both what is meant."
+            f"the config has rope_theta={base} and partial_rotary_factor={share}. transformers "
+            f"reads neither: it takes {rotary['rotary_base']} and {rotary['rotary_dim']} of "
+            f"{d_head} channels from rotary_emb_base and rotary_pct. Give both what is meant."
         )
     return {"d_head": d_head, **rotary}
 

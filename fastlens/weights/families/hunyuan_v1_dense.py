@@ -41,9 +41,15 @@ FAMILY = replace(
     fixed={**llama.FAMILY.fixed, "use_qk_norm": True, "qk_norm_kind": "behind_rotary"},
     derive=_derive,
     only={"use_qk_norm": True, "use_cla": False, "use_rotary_pos_emb": True, "mlp_bias": False,
-          "add_classification_head": False},
+          "add_classification_head": False, "norm_type": "rms"},
     switches={llama.SWITCH: False},
-    ignored=frozenset({"attention_dropout", "pretraining_tp", "eod_token_id"}),
+    # No dropout in eval mode. The rest is of other models that the training library makes: tokens,
+    # heads that classify, caches that layers share.
+    ignored=frozenset(
+        """attention_dropout pretraining_tp eod_token_id pad_id im_start_id im_end_id im_newline_id
+        text_start_id text_end_id mask_init_id org_vocab_size class_num dense_list pool_type
+        cla_share_factor attention_head_dim""".split()
+    ),
     keys={**llama.keys(llama.SWITCH, llama.SWITCH), **_NORMS},
     aliases={},
     repositories=tuple(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from fastlens.errors import WeightsError
+from fastlens.errors import ConfigError, WeightsError
 from fastlens.weights.families.apertus import FAMILY
 from fastlens.weights.source import open_source
 from tests.weights.checkpoints import weights_of
@@ -24,8 +24,12 @@ class TestApertus(FamilyTests):
 
 
 def test_rotary_parameters_that_are_not_stated():
-    fields = FAMILY.config_fields({"rope_theta": 10000.0})
-    assert (fields["rotary_base"], fields["NTK_by_parts_factor"]) == (12000000.0, 8.0)
+    for config in ({}, {"rope_theta": 12000000.0}):
+        fields = FAMILY.config_fields(config)
+        assert (fields["rotary_base"], fields["NTK_by_parts_factor"]) == (12000000.0, 8.0)
+    # Versions of transformers read this in two ways.
+    with pytest.raises(ConfigError, match="transformers 4 computes that"):
+        FAMILY.config_fields({"rope_theta": 10000.0})
     stated = {"rope_type": "default", "rope_theta": 10000.0}
     assert FAMILY.config_fields({"rope_parameters": stated})["rotary_base"] == 10000.0
 
