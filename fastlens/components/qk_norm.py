@@ -56,10 +56,7 @@ class HeadLayerNorm(_Norm):
 
     def __init__(self, cfg: HookedTransformerConfig, n_heads: int):
         self.n_heads = n_heads
-        if n_heads != cfg.n_heads:
-            self.AXES = {
-                name: axes.replace("head ", "kv_head ") for name, axes in self.AXES.items()
-            }
+        self.AXES = _axes_of(type(self), cfg, n_heads)
         super().__init__(cfg, cfg.d_head)
 
     def _add_gain(self) -> None:
@@ -86,7 +83,11 @@ class HeadLayerNorm(_Norm):
 class SharedLayerNorm(LayerNorm):
     """A LayerNorm of every head, with one gain and one bias for all (Persimmon)."""
 
-    AXES = {"hook_scale": "batch pos ... one", "hook_normalized": "batch pos ... d_head"}
+    AXES = {"hook_scale": "batch pos head one", "hook_normalized": "batch pos head d_head"}
+
+    def __init__(self, cfg: HookedTransformerConfig, n_heads: int):
+        self.AXES = _axes_of(type(self), cfg, n_heads)
+        super().__init__(cfg, cfg.d_head)
 
     def of_heads(self, x: Float[Tensor, "batch pos h d"]) -> Float[Tensor, "batch pos h d"]:
         """Queries or keys of all heads."""
@@ -95,6 +96,12 @@ class SharedLayerNorm(LayerNorm):
     def of_rows(self, x: Float[Tensor, "row h d"]) -> Float[Tensor, "row h d"]:
         """The same for packed rows, without hooks."""
         return self.unhooked(x)
+
+
+def _axes_of(kind: type[_Norm], cfg: HookedTransformerConfig, n_heads: int) -> dict[str, str]:
+    """What the hooks of a norm of ``n_heads`` see: under grouped attention keys have fewer."""
+    name = "head" if n_heads == cfg.n_heads else "kv_head"
+    return {hook: axes.replace("head", name, 1) for hook, axes in kind.AXES.items()}
 
 
 QKNorm = HeadRMSNorm | JoinedRMSNorm | HeadLayerNorm | SharedLayerNorm
@@ -110,5 +117,5 @@ def make_qk_norm(cfg: HookedTransformerConfig, n_heads: int) -> QKNorm | None:
     if cfg.qk_norm_kind == "layer_norm":
         return HeadLayerNorm(cfg, n_heads)
     if cfg.qk_norm_kind == "shared_layer_norm":
-        return SharedLayerNorm(cfg, cfg.d_head)
+        return SharedLayerNorm(cfg, n_heads)
     return HeadRMSNorm(cfg, cfg.d_head)

@@ -18,8 +18,8 @@ def rotary_tables(
     """(sin, cos) for positions ``0 .. n_ctx - 1``.
 
     Angle = position * frequency; frequency i is ``base ** (-2i / rotary_dim)``, then scaled as the
-    config says: linear, NTK-by-parts (Llama 3.1) or YaRN (Peng et al. 2309.00071). With LongRoPE the
-    rows are not positions but what `table_rows` gives.
+    config says: linear, NTK-by-parts (Llama 3.1) or YaRN (Peng et al. 2309.00071). With LongRoPE
+    the rows are not positions but what `table_rows` gives.
 
     Args:
         is_local: A sliding-window layer, which may have its own base and is not scaled.
@@ -137,7 +137,7 @@ def check_same_table(
     attention_mask: Int[Tensor, "batch all_pos"] | None,
     lengths: Int[Tensor, " batch"],
 ) -> None:
-    """Raises ShapeError for a text in a KV cache, ``offset`` columns, that turns into a long one."""
+    """Raises ShapeError for a text in a KV cache, of ``offset`` columns, that turns long."""
     before = torch.full_like(lengths, offset)
     if attention_mask is not None:
         before = attention_mask[:, :offset].sum(1)

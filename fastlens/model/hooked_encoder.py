@@ -459,8 +459,8 @@ def _check_encoder(cfg: HookedTransformerConfig, encoder: EncoderConfig) -> None
         raise ConfigError(f"cfg.encoder.heads has {unknown}, which must be among {HEADS}.")
     if cfg.longrope_short_factor is not None:
         raise ConfigError(
-            "longrope_short_factor was given, but an encoder counts positions over padding, so that "
-            "it cannot tell a long text from a padded one. Leave it None."
+            "longrope_short_factor was given, but an encoder counts positions over padding, so "
+            "that it cannot tell a long text from a padded one. Leave it None."
         )
     if cfg.use_local_attn and positions != "rotary":
         raise ConfigError("use_local_attn=True, but only rotary encoders have windows.")

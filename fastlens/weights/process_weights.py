@@ -136,8 +136,8 @@ class ProcessWeights:
     ) -> StateDict:
         """Gains and biases of norms in the weights that read them. For RMS norms say False twice.
 
-        The dict that comes in is not changed. Norms behind the sublayers are read by no weights: they
-        stay as they are.
+        The dict that comes in is not changed. Norms behind the sublayers are read by no weights:
+        they stay as they are.
         """
         _no_adapter(adapter)
         if cfg.norm_after_sublayer:
@@ -172,7 +172,7 @@ class ProcessWeights:
     def fold_value_biases(
         state_dict: StateDict, cfg: HookedTransformerConfig, adapter: Any = None
     ) -> StateDict:
-        """``b_O += b_V @ W_O``, ``b_V = 0``; nothing with attention sinks, where it is no constant."""
+        """``b_O += b_V @ W_O``, ``b_V = 0``; not with attention sinks, where it varies."""
         _no_adapter(adapter)
         if cfg.use_attention_sinks:
             return dict(state_dict)

@@ -98,10 +98,19 @@ def test_copies_of_keys_for_every_query_head(kind):
         truth = model(prompts())
         model.set_ungroup_grouped_query_attention(True)
         assert_close_to(model(prompts()), truth, atol=1e-12)
-        seen = model.run_with_hooks(prompts(), fwd_hooks=[(lambda name: True, lambda x, hook: None)])
+        seen = model.run_with_hooks(
+            prompts(), fwd_hooks=[(lambda name: True, lambda x, hook: None)]
+        )
     assert_close_to(seen, truth, atol=1e-12)
     found = sweep(
         model, prompts(1), prompts(1, seed=1), sites="k", by=("layer", "head"),
         metric=answer_logit(3), verify="all", progress=False,
     )  # fmt: skip
     assert found.certificate["runs"] > 0 and found.values.shape == (3, 4)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "shared_layer_norm"])
+def test_hooks_name_the_axis_of_heads(kind):
+    """Or captures of some heads would keep all of them."""
+    assert made(kind, 4).hook_scale.axes == "batch pos head one"
+    assert made(kind, 2).hook_normalized.axes == "batch pos kv_head d_head"

@@ -161,9 +161,7 @@ def test_a_kv_cache_does_not_turn_into_a_long_texts():
         # From one long text to a longer one nothing changes.
         past = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
         model(tokens[:, :6], past_kv_cache=past)
-        assert_close_to(
-            model(tokens[:, 6:], past_kv_cache=past), model(tokens)[:, 6:], atol=1e-12
-        )
+        assert_close_to(model(tokens[:, 6:], past_kv_cache=past), model(tokens)[:, 6:], atol=1e-12)
     lengths = torch.tensor([0, 2, 5, 6])
     assert turns_long(model.cfg, lengths, lengths + 4).tolist() == [False, True, True, False]
 

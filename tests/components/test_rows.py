@@ -355,5 +355,5 @@ def test_a_layer_without_rotary_turns_nothing_whatever_its_tables_hold():
     attn = model.blocks[1].attn
     assert attn.rotary_sin.abs().max() > 0
     q, k, v = (torch.randn(2, n, 8) for n in (4, 2, 2))
-    for found, given in zip(finished_qkv(attn, q, k, v, torch.tensor([1, 9])), (q, k, v)):
-        assert torch.equal(found, given)
+    found = finished_qkv(attn, q, k, v, torch.tensor([1, 9]))
+    assert all(torch.equal(one, other) for one, other in zip(found, (q, k, v), strict=True))
