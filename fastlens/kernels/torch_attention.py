@@ -87,9 +87,35 @@ def _rows(block: RowBlock) -> Tensor:
         return unseeing(q)
     if rule.soft_cap > 0:
         # No fused CPU kernel caps scores.
-        return materialised(*block)
+        return materialised(*block) if _is_rare(block) else _capped(block)
     mask, blind = mask_of(block)
     z = _sdpa(q, k, v, rule, mask=mask)
+    return z if blind is None else z.masked_fill(blind.transpose(1, 2), 0.0)
+
+
+def _is_rare(block: RowBlock) -> bool:
+    """Whether soft-capped scores need more than their products and a mask."""
+    return block.bias is not None or block.rule.alibi or block.q.element_size() == 2
+
+
+def _capped(block: RowBlock) -> Tensor:
+    """Soft-capped attention by two batched products, the heads of a group side by side."""
+    q, k, v, rule = block[:4]
+    batch, n_queries, n_heads, d_head = q.shape
+    n_keys, kv_heads, d_value = v.shape[1:]
+    group = n_heads // kv_heads
+    rows = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)
+    scores = torch.bmm(
+        rows.reshape(batch * kv_heads, group * n_queries, d_head),
+        k.permute(0, 2, 3, 1).reshape(batch * kv_heads, d_head, n_keys),
+    )
+    scores = torch.tanh(scores * (1.0 / (rule.scale * rule.soft_cap))) * rule.soft_cap
+    visible, blind = mask_of(block)
+    if visible is not None:
+        scores = scores.view(batch, n_heads, n_queries, n_keys).masked_fill(~visible, -torch.inf)
+    pattern = torch.softmax(scores, -1).view(batch * kv_heads, group * n_queries, n_keys)
+    z = torch.bmm(pattern, v.permute(0, 2, 1, 3).reshape(batch * kv_heads, n_keys, d_value))
+    z = z.view(batch, kv_heads, group, n_queries, d_value).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return z if blind is None else z.masked_fill(blind.transpose(1, 2), 0.0)
 
 
