@@ -100,7 +100,7 @@ def test_the_sdist_can_be_built_from_and_has_no_tests(dist):
     assert not {name for name in names if name.split("/")[0] in ("tests", "benchmarks", ".ci")}
 
 
-@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+@pytest.mark.parametrize("pattern", ["*.whl", pytest.param("*.tar.gz", marks=pytest.mark.full)])
 def test_it_installs_into_an_empty_environment(dist, tmp_path, pattern):
     """Dependencies are borrowed from the test environment; fastlens itself is not."""
     prefix = tmp_path / "env"

@@ -49,6 +49,7 @@ def test_a_program_of_sae_lens_finds_the_same(folder):
     assert ours["attached at the end"] == [] and ours["as before"]
 
 
+@pytest.mark.full
 def test_feature_patching_is_sae_lens_own_hooked_forward():
     found = named(printed("-m", "fastlens.compat", HERE / "sae_lens_codes_program.py"))
     refused = {name: found.pop(name) for name in ("batch top-k", "transcoder", "normalized")}

@@ -27,8 +27,12 @@ def said(cell: Any) -> list[str]:
     return sorted({word for word in words if word.isalpha() and len(word) > 3})
 
 
+# One in every run; `examples/`, which are run as well, do what most others do.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "main_demo" else pytest.param(name, marks=pytest.mark.full) for name in NAMES],
+)
 def test_a_tutorial_runs(name, tmp_path):
     import nbformat
 

@@ -760,7 +760,7 @@ FULL = pytest.mark.full
     ("name", "how"),
     [
         ("gpt2", "aot_eager"),
-        ("gpt2", "in place"),
+        pytest.param("gpt2", "in place", marks=FULL),
         ("llama", "eager"),
         pytest.param("neox", "eager", marks=FULL),
         pytest.param("attn_only", "eager", marks=FULL),

@@ -40,8 +40,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", TINY_CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [("gpt2", False), ("local", False), *((name, True) for name in TINY_CONFIGS)],
+)
 def test_no_tensor_is_as_large_as_a_mask(name, padded):
     model = HookedTransformer(tiny(name, n_ctx=LONG)).eval()
     randomise(model)

@@ -24,7 +24,7 @@ def test_a_sweep_within_part_of_the_weights(tmp_path, sizes, share):
     streaming.check_equal(streaming.in_memory(str(folder), *pair), found)
 
 
-@pytest.mark.parametrize("offload", ["disk", "cpu"])
+@pytest.mark.parametrize("offload", ["disk", pytest.param("cpu", marks=pytest.mark.full)])
 def test_smollm2_packed(offload):
     smollm2()  # skips where the package is not installed
     limit = streaming.SMOLLM2_LIMIT
