@@ -51,9 +51,6 @@ class _T5(Family):
     def plan(self, shapes: Mapping[str, Shape], config: dict[str, Any]) -> Plan:
         return super().plan(shapes, {**config, _GATED: _activation(config)[0]})
 
-    def _pattern(self, name: str) -> tuple[str, int | None]:
-        return (name, None) if name in self.keys else super()._pattern(name)
-
 
 def _attention(theirs: str, ours: str) -> dict[str, Key | None]:
     rows = {f"{theirs}.{x}.weight": Key("heads d_model", f"{ours}.W_{x.upper()}", input_heads)
