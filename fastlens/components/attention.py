@@ -209,10 +209,7 @@ class AbstractAttention(PositionMethods, nn.Module):
         if heads is not None:
             key_mask = None if attention_mask is None else attention_mask.bool()
             bias, rule = sum_of(added, q.shape[1]), self.rule
-            if self.sinks is None:
-                z = attention(q, k, v, rule, offset, key_mask, bias)
-            else:
-                z = attention_with_sinks(q, k, v, self.sinks, rule, offset, key_mask, bias)
+            z = self._fused(q, k, v, rule, offset, key_mask, bias)
             attended = Attended(q, k, rule, offset, key_mask, bias, self.sinks)
             if self.tap is not None:
                 self.tap.fused(attended.detached())
@@ -227,6 +224,12 @@ class AbstractAttention(PositionMethods, nn.Module):
         if self.tap is not None:
             self.tap.materialised(scores.detach(), pattern.detach())
         return self.calculate_z_scores(v, pattern.to(device=v.device, dtype=v.dtype))
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        """Values mixed by softmax, beside this layer's sinks if it has any."""
+        if self.sinks is None:
+            return attention(q, k, v, *rest)
+        return attention_with_sinks(q, k, v, self.sinks, *rest)
 
     @property
     def rule(self) -> AttentionRule:

@@ -9,8 +9,6 @@ from fastlens.components.attended import sum_of
 from fastlens.components.attention import Attention
 from fastlens.config import HookedTransformerConfig
 from fastlens.kernels.masks import AttentionRule
-from fastlens.ops.attention import attention
-from fastlens.ops.attention_sinks import attention_with_sinks
 
 # A window is computed so many query rows at a time, each with a mask of its own.
 ROWS_PER_BLOCK = 512
@@ -97,11 +95,8 @@ class BidirectionalAttention(Attention):
             biases = [bias if bias.shape[2] == 1 else bias[:, :, here] for bias in biases]
             bias = sum_of([*biases, self._window(q, rows, keys, offset)], len(rows))
             mask = None if key_mask is None else key_mask[:, seen]
-            inputs, rest = (q[:, here], k[:, seen], v[:, seen]), (self.rule, 0, mask, bias)
-            if self.sinks is None:
-                parts.append(attention(*inputs, *rest))
-            else:
-                parts.append(attention_with_sinks(*inputs, self.sinks, *rest))
+            inputs = q[:, here], k[:, seen], v[:, seen]
+            parts.append(self._fused(*inputs, self.rule, 0, mask, bias))
         return self.hook_z(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
     def _window(self, like: Tensor, rows: range, keys: range, offset: int) -> Tensor:

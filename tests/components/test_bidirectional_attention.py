@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastlens.components import bidirectional_attention
+from fastlens.components import attention, bidirectional_attention
 from fastlens.components.bidirectional_attention import BidirectionalAttention
 from fastlens.config import HookedTransformerConfig
 from tests.close import assert_close_to
@@ -110,7 +110,7 @@ def test_gradients():
 def test_no_mask_of_all_pairs():
     attn, sizes = layer(), []
     x = torch.randn(1, 64, 16, dtype=torch.float64)
-    real = bidirectional_attention.attention
+    real = attention.attention
 
     def counted(q, k, v, rule, offset, mask, bias):
         sizes.append((q.shape[1], k.shape[1], bias.numel()))
@@ -118,7 +118,7 @@ def test_no_mask_of_all_pairs():
 
     with (
         mock.patch.object(bidirectional_attention, "ROWS_PER_BLOCK", 8),
-        mock.patch.object(bidirectional_attention, "attention", counted),
+        mock.patch.object(attention, "attention", counted),
         torch.no_grad(),
     ):
         attn(x, x, x)
