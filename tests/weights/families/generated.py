@@ -8,12 +8,14 @@ A case holds the arguments of transformers' config class for a model of about 3 
 channels, with a vocabulary of 60. Its weights are random, gains and biases too.
 """
 
+import atexit
 import contextlib
 import copy
 import functools
 import pickle
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -84,18 +86,31 @@ def float64_throughout() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _build(tests: type["FamilyTests"], case: str, dtype: torch.dtype) -> Any:
-    """transformers' model of a case, in eval mode, every parameter random."""
+def built(make: Callable[[], Any], dtype: torch.dtype) -> Any:
+    """What ``make`` makes of transformers, in a dtype and in eval mode."""
     before = torch.get_default_dtype()
     how = float64_throughout() if dtype == torch.float64 else contextlib.nullcontext()
     try:
         torch.set_default_dtype(dtype)
         with how:
             torch.manual_seed(0)
-            model = tests.transformers_model(case).to(dtype).eval()
+            return make().to(dtype).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def saved(model: Any) -> Path:
+    """A folder of the model, which is there until the tests end."""
+    folder = Path(tempfile.mkdtemp(prefix="family-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def _build(tests: type["FamilyTests"], case: str, dtype: torch.dtype) -> Any:
+    """transformers' model of a case, every parameter random."""
+    model = built(lambda: tests.transformers_model(case), dtype)
     if dtype == torch.float64:
         model.load_state_dict(_build(tests, case, torch.float32).state_dict())
         return model
@@ -108,9 +123,7 @@ def _build(tests: type["FamilyTests"], case: str, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _folder(tests: type["FamilyTests"], case: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="family-")) / case
-    _build(tests, case, torch.float32).save_pretrained(folder)
-    return folder
+    return saved(_build(tests, case, torch.float32))
 
 
 @functools.cache
@@ -129,14 +142,12 @@ class FamilyTests:
         cases: Name -> arguments of transformers' config class.
         float64_tolerance: Largest difference of logits in float64.
         processed_tolerance: The same for log-probabilities in float32 after folding.
-        fallbacks: Site -> strategy, for sites that the wave does not run.
     """
 
     family: ClassVar[Family]
     cases: ClassVar[Mapping[str, Mapping[str, Any]]]
     float64_tolerance: ClassVar[float] = 1e-9
     processed_tolerance: ClassVar[float] = 2e-5
-    fallbacks: ClassVar[Mapping[str, str]] = {}
 
     # -- what a family may give in another way ---------------------------------------------------
 
@@ -315,9 +326,7 @@ class FamilyTests:
         clean, corrupted = tokens_of(1, 4, 0), tokens_of(1, 4, 1)
         for site in available_sites(model.cfg, model.hook_dict):
             query = plan(model, clean, corrupted, sites=site, metric=answer_logit(0))
-            assert query.strategy.name == self.fallbacks.get(site, WAVE), (site, query.strategy)
-        if self.fallbacks:
-            return
+            assert query.strategy.name == WAVE, (site, query.strategy)
         batch, n_pos = 2, 6
         mask = against_hooks.mask_of("left", batch, n_pos)
         cache = against_hooks.every_activation(model, batch, n_pos, mask)

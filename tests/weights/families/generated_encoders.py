@@ -11,7 +11,6 @@ too. What causal families are held to is in `generated`.
 import contextlib
 import copy
 import functools
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +29,7 @@ from fastlens.weights.family import Family
 from fastlens.weights.source import open_source
 from tests.close import assert_close_to
 from tests.weights.families.facts import check_defaults
-from tests.weights.families.generated import float64_throughout, tokens_of
+from tests.weights.families.generated import built, float64_throughout, saved, tokens_of
 
 TOLERANCE = 1e-5
 MASK_TOKEN = 4
@@ -52,15 +51,8 @@ def _build(
 
     architecture = architecture or tests.family.architectures[0]
     config = getattr(transformers, tests.family.config_class)(**tests.cases[case])
-    before = torch.get_default_dtype()
-    how = float64_throughout() if dtype == torch.float64 else contextlib.nullcontext()
-    try:
-        torch.set_default_dtype(dtype)
-        with how:
-            kind = getattr(transformers, architecture)
-            model = kind._from_config(config, attn_implementation="eager").to(dtype).eval()
-    finally:
-        torch.set_default_dtype(before)
+    kind = getattr(transformers, architecture)
+    model = built(lambda: kind._from_config(config, attn_implementation="eager"), dtype)
     model.config.architectures = [architecture]
     if dtype == torch.float64:
         model.load_state_dict(_build(tests, case, torch.float32, architecture).state_dict())
@@ -80,9 +72,7 @@ def _build(
 
 @functools.cache
 def _folder(tests: type["EncoderTests"], case: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="encoder-")) / case
-    _build(tests, case, torch.float32).save_pretrained(folder)
-    return folder
+    return saved(_build(tests, case, torch.float32))
 
 
 @functools.cache
