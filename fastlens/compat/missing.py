@@ -9,7 +9,8 @@ import functools
 BRIDGE = "belongs to TransformerBridge, which TransformerLens 4 keeps"
 JACOBIAN = "part of the Jacobian lens, which takes a raw TransformerBridge and nothing else"
 AUDIO = "audio models are not here"
-FAMILY = "this architecture is not among those that can be loaded yet"
+GPT_OSS = "GPT-OSS' experts are `components.mlps.moe.MoE` here, with other settings"
+FOUR_BIT = "bitsandbytes' 4-bit weights are not loaded"
 HUB = "it needs a data set from the hub"
 
 # Reason -> names below `transformer_lens`.
@@ -37,9 +38,8 @@ MISSING: dict[str, str] = {
     AUDIO: """
         HookedAudioEncoder pretrained.weight_conversions.hubert
         """,
-    FAMILY: """
-        components.mlps.gpt_oss_moe components.mlps.gated_mlp_4bit
-        """,
+    GPT_OSS: "components.mlps.gpt_oss_moe",
+    FOUR_BIT: "components.mlps.gated_mlp_4bit",
     HUB: """
         HookedTransformer.HookedTransformer.load_sample_training_dataset
         HookedTransformer.HookedTransformer.sample_datapoint
